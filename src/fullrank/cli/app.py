@@ -1,0 +1,59 @@
+"""`fullrank`: the verbs, and how errors become one clear message and an exit code.
+
+0 success; 1 unexpected; 2 recipe or usage; 3 data; 4 does not fit; 75 stopped with the state saved. Torch and transformers are
+imported by the verbs that need them, never by `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from fullrank.cli import look, start, talk, work
+from fullrank.errors import FullrankError, Stopped
+
+app = typer.Typer(
+    name="fullrank",
+    help="Full fine-tuning of language models, every weight updated, with evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+start.register(app)
+work.register(app)
+talk.register(app)
+look.register(app)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    # Libraries that report to a network, draw bars of their own or fork their tokenizers have no business here.
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("DO_NOT_TRACK", "1"), ("TOKENIZERS_PARALLELISM", "true")):
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except FullrankError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(Stopped("stopped; what was complete is kept", hint="type the same command to continue"))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(error: FullrankError) -> None:
+    label = "stopped" if isinstance(error, Stopped) else "error"
+    print(f"{label}: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  -> {error.hint}", file=sys.stderr)
+    sys.exit(error.exit_code)

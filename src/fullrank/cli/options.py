@@ -1,0 +1,27 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fullrank.loading import LoadedRecipe, load
+from fullrank.run import find_run
+
+Target = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.epochs=1.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of the runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+
+RUNS_DIR = Path("runs")
+
+
+def loaded(target: str, overrides: list[str] | None, runs_dir: Path) -> LoadedRecipe:
+    """The recipe a target names: a file, or the recipe saved in a run."""
+    path = Path(target)
+    looks_like_a_file = path.suffix in (".yaml", ".yml") or path.is_file()
+    if looks_like_a_file:
+        return load(path, overrides or [])
+    return load(find_run(target, runs_dir).recipe_path, overrides or [])

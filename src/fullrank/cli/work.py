@@ -1,0 +1,74 @@
+"""Verbs that work on a run: plan, train, evaluate, report, run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fullrank.cli.options import RUNS_DIR, AsJson, Overrides, RunsDir, Target, loaded
+
+if TYPE_CHECKING:
+    from fullrank.run import Run
+    from fullrank.workflows.stages import StageName
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+
+    @app.command()
+    def plan(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
+        """Prepare the data and show steps, memory, disk and time before anything is trained."""
+        _work("plan", target, overrides, runs_dir, as_json, _plan_json)
+
+    @app.command()
+    def train(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
+        """Train every weight, prove and export the model; the same command continues a stopped run."""
+        _work("train", target, overrides, runs_dir, as_json, _summary_json)
+
+    @app.command()
+    def evaluate(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
+        """Score the base and the tuned model on the same test data."""
+        _work("evaluate", target, overrides, runs_dir, as_json, _summary_json)
+
+    @app.command()
+    def report(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
+        """Write the report page and the model card, running what they need first."""
+        _work("report", target, overrides, runs_dir, as_json, _summary_json)
+
+    @app.command()
+    def run(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
+        """All stages: data, plan, train, evaluate, report."""
+        _work("report", target, overrides, runs_dir, as_json, _summary_json)
+
+
+def _work(
+    last: StageName,
+    target: str,
+    overrides: list[str] | None,
+    runs_dir: Path,
+    as_json: bool,
+    describe: Callable[[Run], dict[str, Any]],
+) -> None:
+    recipe = loaded(target, overrides, runs_dir)  # its problems are told before torch is imported
+    from fullrank.cli.console import Console
+    from fullrank.workflows.stages import run_until
+
+    with Console(quiet_results=as_json) as console:
+        run = run_until(last, recipe, runs_dir, console.hear)
+        console.conclude(run)
+    if as_json:
+        print(json.dumps(describe(run)))
+
+
+def _summary_json(run: Run) -> dict[str, Any]:
+    from fullrank.workflows.stages import summary
+
+    return summary(run)
+
+
+def _plan_json(run: Run) -> dict[str, Any]:
+    return dict(json.loads(run.plan_path.read_text(encoding="utf-8")))

@@ -1,0 +1,1 @@
+"""Data: records in, token ids and a supervised mask out."""

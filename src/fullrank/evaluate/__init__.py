@@ -1,0 +1,1 @@
+"""Evaluation: what the base and the tuned model score on the same items, with intervals."""

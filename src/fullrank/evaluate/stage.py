@@ -1,0 +1,202 @@
+"""The evaluate stage: base and tuned model on the same items, under the same template and decoding.
+
+Reads `data/` and the export in `model/`; writes `evaluate/card.json` and every prompt, answer and score to
+`evaluate/predictions-<test>-<model>.jsonl`. Decoding is greedy, so there is no seed to choose. The base model may be given
+instructions that the tuned one has learned (`evaluate.base_instructions`); the record says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from fullrank.evaluate import metrics
+from fullrank.evaluate.metrics import Items
+from fullrank.evaluate.statistics import interval, paired_difference
+from fullrank.generation.decode import greedy
+from fullrank.generation.likelihood import example_losses
+from fullrank.meter import Meter
+from fullrank.models.load import load_model, load_tokenizer
+from fullrank.models.source import ResolvedModel
+from fullrank.parallel import device as devices
+from fullrank.recipe import Recipe
+from fullrank.records import DataCard, EvaluationCard, Plan, Prediction, TestItem, TestScores, TrainCard
+from fullrank.run import (
+    Run,
+    append_json_line,
+    file_digest,
+    fingerprint,
+    need_record,
+    new_folder,
+    read_json_lines,
+    read_record,
+    write_record,
+)
+from fullrank.sequences.chat import ChatRenderer
+from fullrank.sequences.store import TokenStore
+
+Who = Literal["base", "tuned"]
+_WHO: tuple[Who, ...] = ("base", "tuned")
+VALIDATION = "validation"
+
+
+@dataclass
+class _Measured:
+    """One model on one test set."""
+
+    scores: dict[str, Items]
+    predictions: list[Prediction]
+
+
+def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
+    """Evaluates base and tuned model, or finds it done.
+
+    Raises:
+        UsageError: nothing was trained yet, or an extra is missing.
+        DataError: a reference that the task's pattern does not match.
+    """
+    data = need_record(run.data / "card.json", DataCard, "train")
+    plan = need_record(run.plan_path, Plan, "train")
+    trained = need_record(run.train / "card.json", TrainCard, "train")
+    current = _fingerprint(recipe, run, data, base)
+    card = read_record(run.evaluate / "card.json", EvaluationCard)
+    if card and card.fingerprint == current:
+        run.tell("reused", stage="evaluate", what="the scores measured before")
+        return card
+    run.tell("started", stage="evaluate")
+    with Meter() as meter, new_folder(run.evaluate) as folder:
+        evaluation = _Evaluation(recipe, run, base, plan, packed=trained.packed)
+        measured = {who: evaluation.measure(who) for who in _WHO}
+        tests = {name: _compare({who: measured[who][name] for who in _WHO}) for name in measured["tuned"]}
+        for who in _WHO:
+            for name, result in measured[who].items():
+                _write_predictions(folder / f"predictions-{name}-{who}.jsonl", result.predictions)
+        card = EvaluationCard(
+            fingerprint=current,
+            seconds=meter.seconds,
+            peak_bytes=meter.peak_bytes,
+            primary=next(iter(recipe.data.test), VALIDATION),
+            tests=tests,
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            base_was_instructed=recipe.evaluate.base_instructions is not None,
+        )
+        write_record(folder / "card.json", card)
+    run.tell("finished", stage="evaluate", seconds=card.seconds)
+    return card
+
+
+def _fingerprint(recipe: Recipe, run: Run, data: DataCard, base: ResolvedModel) -> str:
+    weights = {path.name: file_digest(path) for path in sorted(run.model.glob("*.safetensors"))}
+    return fingerprint(recipe.evaluate.model_dump(mode="json"), data.fingerprint, base.facts.fingerprint, weights)
+
+
+def _compare(by_who: dict[Who, _Measured]) -> TestScores:
+    base, tuned = by_who["base"], by_who["tuned"]
+    stopped = {
+        who: sum(p.stopped for p in result.predictions) / len(result.predictions)
+        for who, result in by_who.items()
+        if result.predictions
+    }
+    return TestScores(
+        examples=len(next(iter(tuned.scores.values())).stats_NK),
+        base={key: interval(items) for key, items in base.scores.items()},
+        tuned={key: interval(items) for key, items in tuned.scores.items()},
+        difference={key: paired_difference(tuned.scores[key], base.scores[key]) for key in tuned.scores},
+        stopped_ratio=dict(stopped),
+    )
+
+
+def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
+    for prediction in predictions:
+        append_json_line(path, prediction.model_dump())
+
+
+class _Evaluation:
+    """What is the same for both models: items, template, decoding."""
+
+    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, *, packed: bool) -> None:
+        self.recipe, self.run, self.base = recipe, run, base
+        self.device = devices.choose(plan.machine.device)
+        self.layout = {"budget_tokens": plan.micro_batch_tokens, "packed": packed}
+        self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
+        self.renderer = ChatRenderer(self.tokenizer, recipe.data.template_date, recipe.model.source)
+        self.items = {name: self._items(name) for name in recipe.data.test}
+
+    def _items(self, name: str) -> list[TestItem]:
+        lines = read_json_lines(self.run.data / "tests" / f"{name}.jsonl")
+        return [TestItem.model_validate(line) for line in lines[: self.recipe.evaluate.limit]]
+
+    def measure(self, who: Who) -> dict[str, _Measured]:
+        """Scores and predictions of a model by test set; the validation loss comes as a set of its own."""
+        folder = self.base.folder if who == "base" else self.run.model
+        # CPUs without bf16 units compute fp32 several times faster; the stored values are the same
+        model = load_model(folder, device=self.device, dtype=torch.float32 if self.device.type == "cpu" else None)
+        results = {name: self._test(model, who, name, items) for name, items in self.items.items()}
+        return results | {VALIDATION: _Measured(self._validation(model, who), [])}
+
+    def _validation(self, model: PreTrainedModel, who: Who) -> dict[str, Items]:
+        self.run.show("measuring", who=who, test=VALIDATION)
+        store = TokenStore(self.run.data / "validation")
+        losses = sorted(example_losses(model, store, **self.layout))  # type: ignore[arg-type]
+        return metrics.loss_items([loss for _, loss, _ in losses], [tokens for _, _, tokens in losses])
+
+    def _test(self, model: PreTrainedModel, who: Who, name: str, items: list[TestItem]) -> _Measured:
+        prompts = [self._prompt(item, who) for item in items]
+        prompt_ids = [self._prompt_ids(item, prompt) for item, prompt in zip(items, prompts, strict=True)]
+        answers = [""] * len(items)
+        stopped = [False] * len(items)
+        for done, answer in enumerate(
+            greedy(
+                model,
+                prompt_ids,
+                stop_ids=self.renderer.stop_ids(),
+                max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            ),
+            start=1,
+        ):
+            answers[answer.prompt] = str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
+            stopped[answer.prompt] = answer.stopped
+            self.run.show("answered", who=who, test=name, done=done, total=len(items))
+        references, places = [item.reference for item in items], [item.id for item in items]
+        scores: dict[str, Items] = {}
+        for task in self.recipe.evaluate.tasks:
+            scores |= metrics.score(task, references, answers, places)
+        by_item = {key: result.per_item for key, result in scores.items()}
+        predictions = [
+            Prediction(
+                id=item.id,
+                prompt=prompts[n],
+                reference=item.reference,
+                answer=answers[n],
+                stopped=stopped[n],
+                scores={key: values[n] for key, values in by_item.items()},
+            )
+            for n, item in enumerate(items)
+        ]
+        return _Measured(scores, predictions)
+
+    def _prompt(self, item: TestItem, who: Who) -> str:
+        instructions = self.recipe.evaluate.base_instructions if who == "base" else None
+        if item.messages is None:
+            return f"{instructions}\n\n{item.prompt}" if instructions else item.prompt or ""
+        return self.renderer.prompt(_instructed(item.messages, instructions), tools=item.tools)
+
+    def _prompt_ids(self, item: TestItem, prompt: str) -> list[int]:
+        if item.messages is None:  # plain text begins as the tokenizer begins every text
+            return list(self.tokenizer(prompt)["input_ids"])
+        return self.renderer.ids(prompt)
+
+
+def _instructed(messages: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
+    """The conversation with instructions before its last user turn: every template takes a user turn."""
+    if not instructions:
+        return messages
+    last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        return messages
+    changed = {**messages[last], "content": f"{instructions}\n\n{messages[last]['content']}"}
+    return [*messages[:last], changed, *messages[last + 1 :]]

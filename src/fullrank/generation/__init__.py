@@ -1,0 +1,1 @@
+"""Decoding and likelihood, for evaluation, chat and samples."""

@@ -1,0 +1,65 @@
+"""A conversation with a model: the same template and stop tokens that training used."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TextIteratorStreamer
+
+from fullrank.errors import UsageError
+from fullrank.generation.decode import greedy_arguments
+from fullrank.sequences.chat import ChatRenderer
+
+
+class ChatSession:
+    """Keeps the turns; answers greedily, piece by piece.
+
+    Args:
+        name: what the user is told they talk to.
+        model: on its device.
+        renderer: of the model's tokenizer; without a chat template each message is continued as plain text.
+        system: system turn that every conversation begins with.
+        max_new_tokens: longest answer.
+    """
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, renderer: ChatRenderer, *, system: str | None, max_new_tokens: int
+    ) -> None:
+        self.name = name
+        self._model, self._renderer, self._max_new_tokens = model, renderer, max_new_tokens
+        self._opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._opening)
+
+    def forget(self) -> None:
+        """Starts a new conversation."""
+        self._messages = list(self._opening)
+
+    def answer(self, message: str) -> Iterator[str]:
+        """The model's answer in pieces as they are decoded; it joins the conversation once complete.
+
+        Raises:
+            UsageError: the conversation has grown beyond the model's context.
+        """
+        turns = [*self._messages, {"role": "user", "content": message}]
+        tokenizer = self._renderer.tokenizer
+        ids = self._renderer.ids(self._renderer.prompt(turns)) if self._renderer.has_template else tokenizer(message)["input_ids"]
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if context and len(ids) >= context:
+            raise UsageError(f"the conversation has {len(ids)} tokens, the model's context is {context}", hint="start over")
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids_1T = torch.tensor([list(ids)], device=self._model.device)
+        arguments = greedy_arguments(self._renderer.stop_ids(), self._max_new_tokens)
+        work = threading.Thread(
+            target=self._model.generate,
+            kwargs={"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), "streamer": streamer, **arguments},
+        )
+        work.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        work.join()
+        self._messages = [*turns, {"role": "assistant", "content": "".join(pieces)}]

@@ -1,0 +1,38 @@
+"""Likelihood of stored examples: each example's summed token losses, for validation loss with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fullrank.sequences.layout import micro_batches
+from fullrank.sequences.loss import token_losses
+from fullrank.sequences.store import TokenStore
+
+
+@torch.no_grad()
+def example_losses(
+    model: PreTrainedModel, store: TokenStore, budget_tokens: int, *, packed: bool
+) -> Iterator[tuple[int, float, int]]:
+    """(example, summed loss in nats, supervised tokens) of every example of a store, row by row.
+
+    Args:
+        model: in any mode; it is used in evaluation mode.
+        store: the examples.
+        budget_tokens: most tokens of a row.
+        packed: whether examples may share rows.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for row in micro_batches(store, np.arange(len(store)), budget_tokens, packed=packed):
+            losses_S = token_losses(model, row.to(model.device)).double().cpu().numpy()
+            owners_S = row.owner_S.numpy()
+            sums = np.bincount(owners_S, weights=losses_S, minlength=len(row.examples))
+            counts = np.bincount(owners_S, minlength=len(row.examples))
+            yield from zip(row.examples, sums.tolist(), counts.tolist(), strict=True)
+    finally:
+        model.train(was_training)

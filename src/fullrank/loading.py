@@ -1,0 +1,316 @@
+"""YAML -> Recipe: all problems at once, each with file:line and, where one is near, a "did you mean".
+
+YAML here is the core schema of YAML 1.2, so `2e-5` is a number and `no` is a word. Overrides are `key.path=value`, with the
+value written as YAML; they are applied to the document before it is validated, once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fullrank.errors import DataError, RecipeError
+from fullrank.recipe import ALIASES, REFUSED, Recipe, Section, Source, ValidationSplit
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A validated recipe and where it came from."""
+
+    recipe: Recipe
+    path: Path
+    overrides: tuple[str, ...] = ()
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """SafeLoader whose plain scalars follow the YAML 1.2 core schema."""
+
+
+_CoreLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_CoreLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, need_files: bool = True) -> LoadedRecipe:
+    """Reads, overrides and validates a recipe; relative data paths become absolute.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value` strings.
+        need_files: False leaves paths as they are, for reading about a run whose data may have moved.
+
+    Raises:
+        RecipeError: with every problem of the file and the overrides.
+        DataError: when the recipe is right but files it names do not exist.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise RecipeError(
+            f"{path}: no such recipe" + (f"; did you mean {path.parent / near[0]}?" if near else ""),
+            hint="`fullrank init` writes one to start from",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    document, lines = _parse(text, str(path))
+    problems = _apply_overrides(document, lines, overrides)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        problems += [_describe(detail, lines, str(path)) for detail in error.errors()]
+    if problems or recipe is None:
+        raise RecipeError("\n".join(_in_reading_order(problems)), hint="`fullrank schema` prints every key with its meaning")
+    if need_files:
+        recipe = _with_absolute_paths(recipe, lines, path)
+    return LoadedRecipe(recipe, path, tuple(overrides))
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out, so that the saved copy repeats the run by itself."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Lines `key.path: old then, new now` for every value in which two nested mappings differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [line for k in keys for line in differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if before == now else [f"{path}: {before!r} then, {now!r} now"]
+
+
+# ---- parsing, with positions ----------------------------------------------------------------------------------------
+
+
+class _Lines(dict[KeyPath, str]):
+    """Key path -> `file:line` or `override 'x=y'`; an absent path takes its nearest ancestor's place."""
+
+    def nearest(self, path: KeyPath) -> str:
+        for end in range(len(path), -1, -1):
+            if path[:end] in self:
+                return self[path[:end]]
+        return ""
+
+
+def _parse(text: str, file: str) -> tuple[dict[str, Any], _Lines]:
+    loader = _CoreLoader(text)
+    try:
+        node = loader.get_single_node()
+        lines = _Lines({(): f"{file}:1"})
+        duplicates = [] if node is None else list(_index(node, (), file, lines))
+        document = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+    if duplicates:
+        raise RecipeError("\n".join(duplicates), hint="write each key once")
+    if not isinstance(document, dict):
+        found = "an empty file" if document is None else f"a {type(document).__name__}"
+        raise RecipeError(f"{file}:1: a recipe is a mapping of keys, found {found}", hint="`fullrank init` writes one to start from")
+    return document, lines
+
+
+def _index(node: yaml.Node, path: KeyPath, file: str, lines: _Lines) -> Iterator[str]:
+    """Records the line of every key below `node`; yields a problem for every key written twice."""
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            here = (*path, str(key_node.value))
+            place = f"{file}:{key_node.start_mark.line + 1}"
+            if here in lines:
+                yield f"{place}: {dotted(here)}: written twice, first at {lines[here]}"
+            lines[here] = place
+            yield from _index(value_node, here, file, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            lines[(*path, number)] = f"{file}:{item.start_mark.line + 1}"
+            yield from _index(item, (*path, number), file, lines)
+
+
+def _apply_overrides(document: dict[str, Any], lines: _Lines, overrides: Sequence[str]) -> list[str]:
+    problems = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+            problems.append(f"override {override!r}: an override is key.path=value, for example train.optimizer.learning_rate=1e-5")
+            continue
+        try:
+            parsed = yaml.load(value, _CoreLoader)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError:
+            problems.append(f"override {override!r}: the value is not valid YAML")
+            continue
+        *parents, last = key.split(".")
+        target: Any = document
+        for part in parents:
+            below = target.setdefault(part, {})
+            if not isinstance(below, dict):  # a short form, such as `validation: file.jsonl`, gives way
+                below = target[part] = {}
+            target = below
+        target[last] = parsed
+        lines[tuple(key.split("."))] = f"override {override!r}"
+    return problems
+
+
+# ---- describing problems --------------------------------------------------------------------------------------------
+
+
+def dotted(path: KeyPath) -> str:
+    """`train.optimizer.betas[1]` from ("train", "optimizer", "betas", 1)."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _describe(detail: ErrorDetails, lines: _Lines, file: str) -> str:
+    path = _real_path(detail["loc"], lines)
+    place = lines.nearest(path)
+    name = dotted(path)
+    if detail["type"] == "extra_forbidden":
+        return f"{place}: {name}: unknown key{_suggestion(path)}"
+    if detail["type"] == "missing":
+        return f"{lines.nearest(path[:-1]) or file}: {name}: is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    value = detail["input"]
+    found = "" if isinstance(value, dict | list) or not name else f" (found {value!r})"
+    return f"{place}: {name or 'recipe'}: {message[:1].lower()}{message[1:]}{found}"
+
+
+def _real_path(loc: Sequence[str | int], lines: _Lines) -> KeyPath:
+    """Drops the names of union members and short forms that pydantic adds and the user never wrote."""
+    path: KeyPath = ()
+    for position, part in enumerate(loc):
+        written = (*path, part) in lines or any(known[: len(path) + 1] == (*path, part) for known in lines)
+        is_last = position == len(loc) - 1
+        is_union_member = isinstance(part, str) and not re.fullmatch(r"[a-z_][a-z0-9_]*", part)
+        if written or (is_last and isinstance(part, str) and not is_union_member and "(" not in part):
+            path = (*path, part)
+    return path
+
+
+def _fields(path: KeyPath) -> dict[str, Any]:
+    """The fields of the recipe section at `path`, or none where there is no section."""
+    section: type[BaseModel] = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        below = [t for t in _types_within(field.annotation) if issubclass(t, Section)] if field else []
+        if not below:
+            return {}
+        section = below[0]
+    return dict(section.model_fields)
+
+
+def _types_within(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _types_within(argument)
+
+
+def _all_keys(section: type[BaseModel] = Recipe, path: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in section.model_fields.items():
+        yield (*path, name)
+        for below in _types_within(field.annotation):
+            if issubclass(below, Section):
+                yield from _all_keys(below, (*path, name))
+
+
+def _suggestion(path: KeyPath) -> str:
+    key = str(path[-1])
+    if key in REFUSED:
+        return f": {REFUSED[key]}"
+    near = difflib.get_close_matches(key, _fields(path[:-1]), n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    if key in ALIASES:
+        return f"; did you mean {ALIASES[key]!r}?"
+    every_key = list(_all_keys())
+    near = difflib.get_close_matches(key, {str(k[-1]) for k in every_key}, n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean {dotted(next(k for k in every_key if k[-1] == near[0]))!r}?"
+    allowed = ", ".join(_fields(path[:-1]))
+    return f"; allowed here: {allowed}" if allowed else ""
+
+
+def _in_reading_order(problems: list[str]) -> list[str]:
+    def line(problem: str) -> int:
+        match = re.search(r":(\d+): ", problem)
+        return int(match[1]) if match else 0
+
+    return sorted(dict.fromkeys(problems), key=line)
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+
+def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
+    """Data paths made absolute: looked for beside the recipe first, then in the working directory."""
+    missing: list[str] = []
+    folders = dict.fromkeys([file.resolve().parent, Path.cwd()])
+
+    def find(written: str, path: KeyPath) -> str:
+        candidates = [(folder / Path(written).expanduser()).resolve() for folder in folders]
+        for candidate in candidates:
+            if candidate.exists():
+                return str(candidate)
+        looked = " and ".join(dict.fromkeys(str(candidate) for candidate in candidates))
+        missing.append(f"{lines.nearest(path)}: {dotted(path)}: file not found: {written} (looked for {looked})")
+        return written
+
+    def sources(items: list[Source], path: KeyPath) -> list[Source]:
+        return [s.model_copy(update={"path": find(s.path, path)}) if s.path else s for s in items]
+
+    data = recipe.data
+    update: dict[str, Any] = {"train": sources(data.train, ("data", "train"))}
+    if not isinstance(data.validation, ValidationSplit):
+        update["validation"] = sources(data.validation, ("data", "validation"))
+    update["test"] = {name: sources(items, ("data", "test")) for name, items in data.test.items()}
+    if data.chat_template:
+        update["chat_template"] = find(data.chat_template, ("data", "chat_template"))
+    if missing:
+        raise DataError("\n".join(missing), hint="paths are relative to the recipe's folder, then to the working directory")
+    model_folder = next((folder / recipe.model.source for folder in folders if (folder / recipe.model.source).is_dir()), None)
+    model = recipe.model.model_copy(update={"source": str(model_folder.resolve())}) if model_folder else recipe.model
+    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model})
+
+

@@ -1,0 +1,101 @@
+"""The export: a plain Hugging Face folder, and the proof that it holds what was trained.
+
+The folder carries weights, tokenizer, chat template and a generation configuration that stops where training taught the model
+to stop. Its proof is a fresh process that loads it and computes bitwise the same logits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fullrank.errors import ProofError
+from fullrank.models.load import DTYPES
+
+
+def export_dtype(wanted: str, base: str) -> torch.dtype:
+    """The recipe's `export.dtype` as a torch type; `base` is the type of the base model's stored weights."""
+    dtype: torch.dtype = getattr(torch, base) if wanted == "base" else DTYPES[wanted]
+    return dtype
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts the parameters in place, and only them: buffers such as rotary frequencies keep the type a fresh load gives them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], folder: Path) -> None:
+    """Writes model, tokenizer, chat template and generation configuration into a folder."""
+    model.generation_config = _generation_config(model, tokenizer, stop_ids)
+    model.config._name_or_path = ""  # a path of this machine says nothing elsewhere
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> GenerationConfig:
+    config = GenerationConfig.from_dict(model.generation_config.to_dict() if model.generation_config else {})
+    config.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    if tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    return config
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a folder's safetensors files, read from their headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def keys_equal(export: Path, base: Path, tied: set[str]) -> bool:
+    """True when both folders hold the same names and shapes; a tied tensor may be stored once or twice."""
+    ours, theirs = tensor_shapes(export), tensor_shapes(base)
+    return {n: s for n, s in ours.items() if n not in tied} == {n: s for n, s in theirs.items() if n not in tied}
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of tensors that are another one's memory."""
+    first: dict[int, str] = {}
+    tied = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if first.setdefault(tensor.data_ptr(), name) != name and tensor.numel():
+            tied |= {name, first[tensor.data_ptr()]}
+    return tied
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel, ids_1T: torch.Tensor) -> torch.Tensor:
+    """Logits logits_1TV of one row, in evaluation mode."""
+    model.eval()
+    logits: torch.Tensor = model(input_ids=ids_1T.to(model.device), use_cache=False).logits
+    return logits.cpu()
+
+
+def fresh_process(folder: Path, ids_1T: torch.Tensor, device: torch.device, scratch: Path) -> tuple[torch.Tensor, set[str]]:
+    """Loads an export in a new Python process: (its logits_1TV on the probe, the names of its tied tensors).
+
+    Raises:
+        ProofError: when the process cannot load it.
+    """
+    request = {"folder": str(folder), "ids": ids_1T[0].tolist(), "device": str(device), "threads": torch.get_num_threads()}
+    (scratch / "probe.json").write_text(json.dumps(request), encoding="utf-8")
+    logits = scratch / "logits.safetensors"
+    command = [sys.executable, "-m", "fullrank.models.fresh", str(scratch / "probe.json"), str(logits)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ProofError(f"{folder}: a fresh process cannot load the export:\n{done.stderr.strip()[-2000:]}")
+    return load_file(logits)["logits"], set(json.loads(done.stdout.splitlines()[-1])["tied"])

@@ -1,0 +1,62 @@
+"""Loading models and tokenizers from a checked folder, always whole and always from safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from fullrank.errors import DataError, ModelError
+from fullrank.models.source import load_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+    """A causal language model from safetensors; dtype None keeps the stored type.
+
+    Raises:
+        ModelError: when weights are missing: a tensor made up at random is never trained on or measured.
+    """
+    logging.disable_progress_bar()
+    config = load_config(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype if dtype is not None else "auto",
+        attn_implementation=attention_for(config),
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ModelError(f"{folder}: weights are missing or of another shape: {', '.join(missing[:5])} ({len(missing)} in all)")
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def attention_for(config: Any) -> str:
+    """sdpa, but eager where attention scores are soft-capped (Gemma 2), which sdpa would leave out."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+
+
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; `chat_template` is a Jinja file that replaces its template.
+
+    Raises:
+        DataError: when the template file cannot be read.
+        ModelError: when the folder has no tokenizer.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no usable tokenizer: {error}") from None
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.chat_template: {chat_template} cannot be read: {error}") from None
+    return tokenizer

@@ -1,0 +1,159 @@
+"""`model.source` -> a local folder that is safe to load, and the facts about it.
+
+Embedded names, local folders and hub ids end as the same thing: a folder with config.json, safetensors and a tokenizer. Pickle
+weights are refused by name, and code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from fullrank.errors import ModelError
+from fullrank.models.embedded import EMBEDDED, folder_of
+from fullrank.recipe import Model
+from fullrank.records import ModelFacts
+from fullrank.run import file_digest, fingerprint
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A base model on this machine."""
+
+    folder: Path
+    facts: ModelFacts
+
+
+def resolve(model: Model, tell: Callable[[str], None] = lambda words: None) -> ResolvedModel:
+    """Finds (and if need be fetches) the base model.
+
+    Args:
+        model: the recipe's model section.
+        tell: called with words on what takes time.
+
+    Raises:
+        ModelError: unknown, not reachable, pickle weights only, or an architecture that transformers does not implement.
+    """
+    kind: Literal["embedded", "folder", "hub"]
+    commit: str | None = None
+    if model.source in EMBEDDED:
+        kind, folder = "embedded", folder_of(model.source, tell)
+        commit = EMBEDDED[model.source].wheel_sha256
+    elif Path(model.source).is_dir():
+        kind, folder = "folder", Path(model.source)
+    else:
+        kind = "hub"
+        folder, commit = _fetch(model, tell)
+    _refuse_unsafe(folder, model.source)
+    return ResolvedModel(folder, _facts(folder, model.source, kind, commit))
+
+
+def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
+    """Downloads a hub model's safetensors, configuration and tokenizer: (folder, commit)."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    near = difflib.get_close_matches(model.source.lower(), EMBEDDED, n=1)
+    perhaps = f"; did you mean {near[0]!r}?" if near else ""
+    where = f"model.source: {model.source!r}"
+    try:
+        info = HfApi().model_info(model.source, revision=model.revision, timeout=20)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        _refuse_pickles(files, model.source)
+        tell(f"fetching {model.source} at {str(info.sha)[:12]} from the hub")
+        folder = Path(snapshot_download(model.source, revision=info.sha, allow_patterns=_WANTED))
+        return folder, str(info.sha)
+    except GatedRepoError:
+        raise ModelError(f"{where}: the hub gives it to accepted users only", hint="accept its terms on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{where}: it has no revision {model.revision!r}") from None
+    except (RepositoryNotFoundError, ValueError):
+        embedded = ", ".join(EMBEDDED)
+        raise ModelError(
+            f"{where}: no embedded model (there is: {embedded}), no local folder and no hub model has this name{perhaps}",
+            hint="private hub models need HF_TOKEN",
+        ) from None
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        try:  # what an earlier run has fetched serves without a network
+            folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=_WANTED, local_files_only=True))
+            return folder, folder.name
+        except (LocalEntryNotFoundError, ValueError):
+            raise ModelError(
+                f"{where}: no embedded model or local folder has this name, and the hub cannot be reached "
+                f"({type(error).__name__}){perhaps}",
+                hint="check the name and the network, or give a local folder",
+            ) from None
+
+
+def _refuse_pickles(files: list[str], name: str) -> None:
+    if any(file.endswith(".safetensors") for file in files):
+        return
+    pickles = [file for file in files if file.endswith(_PICKLES)]
+    if pickles:
+        raise ModelError(
+            f"{name}: its weights are pickles ({', '.join(sorted(pickles)[:3])}), which can run any code when they are loaded",
+            hint="use a revision with .safetensors files, or convert them where that is safe",
+        )
+    raise ModelError(f"{name}: no .safetensors weights in it", hint="a model folder has config.json, *.safetensors and tokenizer.json")
+
+
+def _refuse_unsafe(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: no config.json in {folder}", hint="a model folder has config.json, *.safetensors and tokenizer.json")
+    _refuse_pickles([path.name for path in folder.iterdir()], name)
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+    if config.get("model_type") not in CONFIG_MAPPING:
+        own_code = " and brings code of its own, which is never run" if "auto_map" in config else ""
+        raise ModelError(
+            f"{name}: transformers does not implement its model_type {config.get('model_type')!r}{own_code}",
+            hint="use a model whose architecture is part of transformers",
+        )
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder that `resolve` has checked."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config
+
+
+def _facts(folder: Path, source: str, kind: Literal["embedded", "folder", "hub"], commit: str | None) -> ModelFacts:
+    config = load_config(folder)
+    text = config.get_text_config()
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    heads = text.num_attention_heads
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    mlp_width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    return ModelFacts(
+        source=source,
+        kind=kind,
+        commit=commit,
+        fingerprint=fingerprint({path.name: file_digest(path) for path in files}),
+        architecture=type(skeleton).__name__,
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        hidden_size=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        intermediate_size=mlp_width,
+        vocabulary=text.vocab_size,
+        tied_embeddings=bool(text.tie_word_embeddings),
+        context_tokens=getattr(text, "max_position_embeddings", None),
+    )

@@ -1,0 +1,1 @@
+"""Devices and engines: who computes a step, and where."""

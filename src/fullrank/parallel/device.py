@@ -1,0 +1,88 @@
+"""The device a run computes on, what it can do, and the memory it used."""
+
+from __future__ import annotations
+
+import platform
+
+import psutil
+import torch
+
+from fullrank.errors import UsageError
+
+
+def choose(wanted: str) -> torch.device:
+    """The device a recipe asks for; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: when the device asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    if not there[wanted]:
+        found = ", ".join(name for name, present in there.items() if present)
+        raise UsageError(f"machine.device: {wanted} is not available here (available: {found})", hint="use machine.device=auto")
+    return torch.device(wanted)
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """`auto` as fp32 or bf16-mixed.
+
+    bf16-mixed only where the device multiplies bf16 in hardware: elsewhere, as on CPUs without such units, it is slower.
+
+    Raises:
+        UsageError: bf16-mixed on a device without it.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16-mixed" and not has_bf16:
+        raise UsageError(
+            f"train.precision: bf16-mixed needs a CUDA device with bf16 units; {device.type} has none that fullrank uses",
+            hint="use train.precision=auto",
+        )
+    return ("bf16-mixed" if has_bf16 else "fp32") if wanted == "auto" else wanted
+
+
+def name(device: torch.device) -> str:
+    """A name a person knows."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    if device.type == "cpu":
+        return _cpu_name()
+    return platform.processor() or device.type
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """(all, free) bytes of the memory that training on this device fills."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def device_peak_bytes(device: torch.device) -> int | None:
+    """Most memory tensors held on an accelerator since `reset_peak`; None where tensors live in the process's own memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new stretch for `device_peak_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done everything asked of it, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,106 @@
+"""Seconds before the run: a short measurement of this model's own blocks on this machine.
+
+Two random models of the base's configuration, with one and with two blocks, are timed forward and backward on a row like the
+run's. Their difference is a block, the rest is embedding, head and loss; the whole model is the rest plus all its blocks. The
+optimizer is timed on a slice of parameters. No weights are loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from fullrank.models.load import attention_for
+from fullrank.parallel import device as devices
+from fullrank.records import ModelFacts
+from fullrank.sequences.layout import MicroBatch
+from fullrank.sequences.loss import row_loss
+
+#: The measurement may take at most this share of the memory a plan may use.
+_MEMORY_SHARE = 0.5
+_OPTIMIZER_SLICE = 4_000_000
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured seconds."""
+
+    forward_per_token: float
+    forward_backward_per_token: float
+    optimizer_step: float
+    basis: str
+    """How it was measured, in words."""
+
+
+def measure(
+    config: PreTrainedConfig, model: ModelFacts, row: MicroBatch, *, device: torch.device, precision: str, available_bytes: int
+) -> Speed | None:
+    """Times one and two blocks on a row; None where even two blocks would take too much memory."""
+    block = (model.parameters - model.vocabulary * model.hidden_size) // model.layers
+    slice_bytes = 16 * (2 * block + 2 * model.vocabulary * model.hidden_size) + row.supervised_tokens * model.vocabulary * 12
+    if slice_bytes > _MEMORY_SHARE * available_bytes:
+        return None
+    one, two = (_time_blocks(config, blocks, row, device, precision) for blocks in (1, 2))
+    tokens = row.tokens
+
+    def whole(first: float, second: float) -> float:
+        per_block = max(0.0, second - first)
+        return (max(0.0, first - per_block) + per_block * model.layers) / tokens
+
+    return Speed(
+        forward_per_token=whole(one[0], two[0]),
+        forward_backward_per_token=whole(one[1], two[1]),
+        optimizer_step=_time_optimizer(device) * model.parameters / _OPTIMIZER_SLICE,
+        basis=f"one and two blocks of this model, timed on a row of {tokens} tokens, extended to {model.layers}",
+    )
+
+
+def _time_blocks(
+    config: PreTrainedConfig, blocks: int, row: MicroBatch, device: torch.device, precision: str
+) -> tuple[float, float]:
+    """(forward, forward and backward) seconds of a random model with that many blocks: the faster of two after a warm-up."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = blocks
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:blocks]
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention_for(small))
+    model.train()
+    row = row.to(device)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+            return row_loss(model, row, row.supervised_tokens)
+
+    def forward_only() -> None:
+        with torch.no_grad():
+            forward()
+
+    def forward_backward() -> None:
+        forward().backward()
+        model.zero_grad(set_to_none=True)
+
+    return _fastest(forward_only, device), _fastest(forward_backward, device)
+
+
+def _time_optimizer(device: torch.device) -> float:
+    parameter = torch.nn.Parameter(torch.zeros(_OPTIMIZER_SLICE, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    return _fastest(torch.optim.AdamW([parameter], fused=True).step, device)
+
+
+def _fastest(work: Callable[[], object], device: torch.device, times: int = 2) -> float:
+    seconds = []
+    for _ in range(times + 1):
+        devices.synchronize(device)
+        started = time.perf_counter()
+        work()
+        devices.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])

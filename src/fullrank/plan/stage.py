@@ -1,0 +1,238 @@
+"""The plan stage: recipe + machine + data card -> `plan.json`.
+
+Chooses the rows' token budget and whether blocks are recomputed, from a memory ledger; counts steps and tokens; estimates seconds
+and disk; refuses what cannot fit and names the smallest change that would. A plan made before on this machine is kept as it is, so
+that a continued run computes its steps in the very same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fullrank.errors import FitError
+from fullrank.meter import Meter, resident_bytes
+from fullrank.models.load import DTYPES, attention_for
+from fullrank.models.source import ResolvedModel, load_config
+from fullrank.optim.schedule import warmup_steps
+from fullrank.parallel import device as devices
+from fullrank.plan import memory, speed
+from fullrank.plan.machine import look
+from fullrank.plan.memory import Recompute, Row
+from fullrank.recipe import Recipe
+from fullrank.records import DataCard, LedgerLine, MachineFacts, Plan
+from fullrank.run import Run, fingerprint, need_record, read_record, write_record
+from fullrank.sequences.layout import MicroBatch, micro_batches
+from fullrank.sequences.order import Order
+from fullrank.sequences.store import TokenStore
+from fullrank.units import format_bytes
+
+#: Tokens of a row beyond which matrix products gain nothing: past a few hundred rows a CPU's are at full rate and longer rows only
+#: spend attention on other examples' tokens; a GPU wants more (docs/LOG.md has the measurement).
+_ROW_TOKENS = {"cpu": 512, "mps": 2048, "cuda": 16384}
+#: Steps whose layout is looked at for the largest row.
+_STEPS_LOOKED_AT = 200
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A way to carry out the steps, and what it needs."""
+
+    budget_tokens: int
+    recompute: Recompute
+    ledger: list[LedgerLine]
+
+    @property
+    def peak_bytes(self) -> int:
+        return memory.total(self.ledger)
+
+
+def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
+    """Plans a run, or finds the plan made before; refuses it when it does not fit now.
+
+    Raises:
+        FitError: memory or disk is too small; the message names the smallest change that fits.
+    """
+    card = need_record(run.data / "card.json", DataCard, "plan")
+    machine = look(recipe.machine, run.root)
+    current = _fingerprint(recipe, card, base, machine)
+    plan = read_record(run.plan_path, Plan)
+    if plan and plan.fingerprint == current and plan.fits:
+        run.tell("reused", stage="plan", what="the plan made before")
+    else:
+        run.tell("started", stage="plan")
+        with Meter() as meter:
+            plan = _make(recipe, run, base, machine, current, meter)
+        write_record(run.plan_path, plan)
+        run.tell("finished", stage="plan", seconds=plan.seconds)
+    run.show("plan", plan=plan)
+    if not plan.fits:
+        raise FitError(plan.refusal)
+    return plan
+
+
+def _fingerprint(recipe: Recipe, card: DataCard, base: ResolvedModel, machine: MachineFacts) -> str:
+    return fingerprint(
+        recipe.train.model_dump(mode="json"),
+        recipe.machine.model_dump(mode="json"),
+        recipe.export.model_dump(mode="json"),
+        card.fingerprint,
+        base.facts.fingerprint,
+        [machine.device, machine.device_name, machine.threads, machine.memory_bytes],
+    )
+
+
+def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, current: str, meter: Meter) -> Plan:
+    store = TokenStore(run.data / "train")
+    validation = TokenStore(run.data / "validation")
+    order = Order(len(store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
+    process_bytes = 0 if machine.device == "cuda" else resident_bytes()
+    config = load_config(base.folder)
+    eager = attention_for(config) == "eager"
+    choices = list(_choices(store, validation, order, recipe, base, machine, process_bytes, eager))
+    choice = next((c for c in choices if c.peak_bytes <= machine.memory_available_bytes), choices[-1])
+    disk_bytes = _disk_bytes(recipe, base)
+    refusal = "\n".join(
+        filter(None, (_memory_refusal(choice, machine, base, recipe, store), _disk_refusal(disk_bytes, machine, run)))
+    )
+    train_tokens = sum(_step_tokens(store, order))
+    seconds, basis = 0.0, "not estimated: it does not fit"
+    if not refusal:
+        row = _typical_row(store, order, choice.budget_tokens)
+        measured = speed.measure(
+            config,
+            base.facts,
+            row,
+            device=devices.choose(machine.device),
+            precision=recipe.train.precision,
+            available_bytes=machine.memory_available_bytes,
+        )
+        if measured is None:
+            basis = "not estimated: measuring two blocks would take more than half of the memory"
+        else:
+            validations = 1 + -(-order.steps // recipe.train.evaluate_every_steps)
+            backward = measured.forward_backward_per_token + (measured.forward_per_token if choice.recompute == "block" else 0.0)
+            seconds = (
+                train_tokens * backward
+                + order.steps * measured.optimizer_step
+                + validations * int(validation.lengths.sum()) * measured.forward_per_token
+            )
+            basis = measured.basis
+    return Plan(
+        fingerprint=current,
+        seconds=meter.seconds,
+        peak_bytes=meter.peak_bytes,
+        machine=machine,
+        model=base.facts,
+        precision="bf16-mixed" if recipe.train.precision == "bf16-mixed" else "fp32",
+        examples=len(store),
+        steps=order.steps,
+        steps_per_epoch=order.steps_per_epoch,
+        warmup_steps=warmup_steps(recipe.train.schedule, order.steps),
+        train_tokens=train_tokens,
+        micro_batch_tokens=choice.budget_tokens,
+        recompute=choice.recompute,
+        ledger=choice.ledger,
+        peak_bytes_predicted=choice.peak_bytes,
+        disk_bytes_predicted=disk_bytes,
+        train_seconds_predicted=seconds,
+        seconds_basis=basis,
+        fits=not refusal,
+        refusal=refusal,
+    )
+
+
+def _choices(
+    store: TokenStore,
+    validation: TokenStore,
+    order: Order,
+    recipe: Recipe,
+    base: ResolvedModel,
+    machine: MachineFacts,
+    process_bytes: int,
+    eager: bool,
+) -> Iterator[_Choice]:
+    """Ways to carry out the steps, fastest first: full rows, smaller rows, then recomputation."""
+    longest = int(max(store.lengths.max(), validation.lengths.max()))
+    budgets = [max(longest, _ROW_TOKENS[machine.device])]
+    while budgets[-1] > longest:
+        budgets.append(max(longest, budgets[-1] // 2))
+    for recompute in ("none", "block"):
+        for budget in budgets:
+            row = _largest_row(store, order, budget)
+            lines = memory.ledger(
+                base.facts,
+                row,
+                precision=recipe.train.precision,
+                recompute=recompute,  # type: ignore[arg-type]
+                process_bytes=process_bytes,
+                eager=eager,
+            )
+            yield _Choice(budget, recompute, lines)  # type: ignore[arg-type]
+
+
+def _rows(store: TokenStore, order: Order, budget: int) -> Iterator[MicroBatch]:
+    for step in range(1, min(order.steps, _STEPS_LOOKED_AT) + 1):
+        yield from micro_batches(store, order.step(step), budget, packed=True)
+
+
+def _largest_row(store: TokenStore, order: Order, budget: int) -> Row:
+    """The largest row of the steps looked at, never smaller than the longest example."""
+    tokens = supervised = 0
+    for row in _rows(store, order, budget):
+        tokens, supervised = max(tokens, row.tokens), max(supervised, row.supervised_tokens)
+    longest = int(store.lengths.argmax())
+    return Row(max(tokens, int(store.lengths[longest])), max(supervised, store[longest].supervised_targets))
+
+
+def _typical_row(store: TokenStore, order: Order, budget: int) -> MicroBatch:
+    rows = sorted(micro_batches(store, order.step(1), budget, packed=True), key=lambda row: row.tokens)
+    return rows[len(rows) // 2]
+
+
+def _step_tokens(store: TokenStore, order: Order) -> Iterator[int]:
+    """Tokens of each step, without what follows an example's last supervised token."""
+    needed = np.asarray([np.flatnonzero(store[n].supervised)[-1] + 1 for n in range(len(store))])
+    for step in range(1, order.steps + 1):
+        yield int(needed[order.step(step)].sum())
+
+
+def _disk_bytes(recipe: Recipe, base: ResolvedModel) -> int:
+    """Two checkpoints (the next is complete before the last one goes), the best weights, and the export."""
+    n = base.facts.parameters
+    stored = {"float32": 4}.get(base.facts.dtype, 2) if recipe.export.dtype == "base" else DTYPES[recipe.export.dtype].itemsize
+    return n * (2 * 12 + 4 + stored)
+
+
+def _memory_refusal(choice: _Choice, machine: MachineFacts, base: ResolvedModel, recipe: Recipe, store: TokenStore) -> str:
+    if choice.peak_bytes <= machine.memory_available_bytes:
+        return ""
+    available = format_bytes(machine.memory_available_bytes)
+    head = (
+        f"does not fit: {format_bytes(choice.peak_bytes)} needed, {available} available on {machine.device_name}, "
+        f"with the smallest rows ({choice.budget_tokens} tokens) and recomputed blocks\n{memory.table(choice.ledger)}\n"
+    )
+    by_row = {"activations", "logits", "mask"}
+    fixed = sum(line.bytes for line in choice.ledger if line.part not in by_row)
+    if fixed >= machine.memory_available_bytes:
+        return head + (
+            f"weights, gradients and optimizer alone take {format_bytes(fixed)}: this model needs "
+            f"machine.memory_limit (or memory) of at least {format_bytes(choice.peak_bytes)}, or a smaller model.source"
+        )
+    length = int(store.lengths.max())
+    while length > 1 and fixed + sum(line.bytes for line in choice.ledger if line.part in by_row) * length / store.lengths.max() > (
+        machine.memory_available_bytes
+    ):
+        length -= max(1, length // 50)
+    return head + f"the smallest change that fits: data.max_length: {length} with data.too_long: drop or truncate"
+
+
+def _disk_refusal(needed: int, machine: MachineFacts, run: Run) -> str:
+    if needed <= machine.disk_free_bytes:
+        return ""
+    return (
+        f"does not fit on the disk of {run.root}: {format_bytes(needed)} needed for checkpoints and the export, "
+        f"{format_bytes(machine.disk_free_bytes)} free\nfree that much, or choose another place with --runs-dir"
+    )

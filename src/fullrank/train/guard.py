@@ -1,0 +1,74 @@
+"""What stops a run: numbers that are not finite, and people.
+
+A non-finite loss or gradient stops before the update, so weights and optimizer state stay those of the last good step, and
+the step's examples are named. A first SIGINT or SIGTERM is honoured between micro-batches; a second one interrupts at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType, TracebackType
+
+from fullrank.errors import TrainingError
+from fullrank.sequences.layout import MicroBatch
+from fullrank.sequences.store import TokenStore
+from fullrank.train.loop import Step
+
+_NAMED = 10
+
+
+def check_finite(step: Step, store: TokenStore) -> None:
+    """Stops at a step whose loss or gradient was not finite.
+
+    Raises:
+        TrainingError: naming the step and its examples.
+    """
+    if step.outcome.updated:
+        return
+    names = [store.origin(int(example)) for example in step.examples[:_NAMED]]
+    rest = len(step.examples) - len(names)
+    raise TrainingError(
+        f"step {step.row.step}: loss {step.outcome.loss}, gradient norm {step.outcome.grad_norm}: not finite, so the weights were "
+        f"left as they were\nits examples: {', '.join(names)}" + (f" and {rest} more" if rest else ""),
+        hint="look at these records; a lower train.optimizer.learning_rate or more warmup often helps",
+    )
+
+
+class Interrupted(Exception):
+    """Raised between micro-batches once a stop was asked for."""
+
+
+class StopRequest:
+    """`with StopRequest() as stop:` turns the first SIGINT or SIGTERM into a flag."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def between(self, rows: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The rows, until a stop is asked for.
+
+        Raises:
+            Interrupted: before the next row.
+        """
+        for row in rows:
+            if self.requested:
+                raise Interrupted
+            yield row

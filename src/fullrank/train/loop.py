@@ -1,0 +1,92 @@
+"""The heart: a generator of facts, one row a step.
+
+For each step it lays out the step's examples, counts their supervised tokens before the first backward, lets the engine execute
+the step, and yields what happened. It writes, decides and stops nothing: its one consumer does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fullrank.meter import resident_bytes
+from fullrank.optim.schedule import learning_rate
+from fullrank.parallel.engine import Engine, StepOutcome
+from fullrank.recipe import Train
+from fullrank.records import StepRow
+from fullrank.sequences.layout import MicroBatch, micro_batches
+from fullrank.sequences.order import Order
+from fullrank.sequences.store import TokenStore
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was executed: its row, its examples and whether the weights moved."""
+
+    row: StepRow
+    examples: np.ndarray
+    outcome: StepOutcome
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples become rows; part of the plan."""
+
+    budget_tokens: int
+    packed: bool
+
+    def rows(self, store: TokenStore, examples: np.ndarray) -> list[MicroBatch]:
+        """The micro-batches of some examples."""
+        return micro_batches(store, examples, self.budget_tokens, packed=self.packed)
+
+
+def steps(
+    engine: Engine,
+    store: TokenStore,
+    order: Order,
+    train: Train,
+    layout: Layout,
+    *,
+    first: int,
+    interruptible: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
+) -> Iterator[Step]:
+    """Executes the steps from `first` (1-based) to the last.
+
+    Args:
+        interruptible: wraps each step's rows; what it raises between rows ends the generator before the update.
+    """
+    for step in range(first, order.steps + 1):
+        started = time.monotonic()
+        examples = order.step(step)
+        rows = layout.rows(store, examples)
+        supervised_tokens = sum(row.supervised_tokens for row in rows)
+        rate = learning_rate(train.schedule, train.optimizer.learning_rate, step, order.steps)
+        outcome = engine.step(interruptible(rows), supervised_tokens, learning_rate=rate, seed=step_seed(train.seed, step))
+        row = StepRow(
+            step=step,
+            epoch=order.epoch_after(step),
+            loss=outcome.loss,
+            learning_rate=rate,
+            grad_norm=outcome.grad_norm,
+            examples=len(examples),
+            tokens=sum(row.tokens for row in rows),
+            supervised_tokens=supervised_tokens,
+            seconds=time.monotonic() - started,
+            memory_bytes=resident_bytes(),
+        )
+        yield Step(row, examples, outcome)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of a step's dropout: distinct for every (seed, step) below 2^32 steps."""
+    return (seed << 32) + step
+
+
+def validation_loss(engine: Engine, store: TokenStore, layout: Layout) -> float:
+    """Mean loss over the supervised tokens of a store, nats: the loss law over all of it, whatever the rows."""
+    rows = layout.rows(store, np.arange(len(store)))
+    total = sum(float(losses_S.double().sum()) for losses_S in engine.losses(rows))
+    return total / sum(row.supervised_tokens for row in rows)

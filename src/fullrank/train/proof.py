@@ -1,0 +1,90 @@
+"""After the last step: what the run may claim, checked.
+
+Every trainable tensor changed; the export has the base's tensors, keeps its ties, and computes bitwise the logits of the trained
+weights in a fresh process. What does not hold is an error: the export is then not put under its name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fullrank.errors import ProofError
+from fullrank.models import export
+from fullrank.models.source import ResolvedModel
+from fullrank.records import Proof
+
+
+def unchanged_tensors(tuned: PreTrainedModel, base: Mapping[str, torch.Tensor]) -> list[str]:
+    """Trainable tensors that equal the base's, bit by bit."""
+    return [n for n, p in tuned.named_parameters() if p.requires_grad and torch.equal(p.detach().cpu(), base[n].detach().cpu())]
+
+
+def check_changed(unchanged: Sequence[str], never_reached: set[str]) -> list[str]:
+    """The unchanged tensors that no step's gradient ever reached (an expert never routed to): listed, not an error.
+
+    Raises:
+        ProofError: naming tensors that had gradients and still did not change.
+    """
+    stuck = [name for name in unchanged if name not in never_reached]
+    if stuck:
+        raise ProofError(
+            f"{len(stuck)} trainable tensors are bitwise what they were before training although they had gradients: "
+            + ", ".join(stuck[:5]),
+            hint="their updates were too small for fp32; raise train.optimizer.learning_rate or the number of steps",
+        )
+    return list(unchanged)
+
+
+def export_and_prove(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: ResolvedModel,
+    *,
+    dtype: torch.dtype,
+    stop_ids: Sequence[int],
+    probe_ids_1T: torch.Tensor,
+    unreached: Sequence[str],
+    folder: Path,
+) -> Proof:
+    """Casts the model, writes it into an existing empty folder, and checks the folder against the model.
+
+    Args:
+        model: the trained weights; cast in place.
+        dtype: of the export.
+        stop_ids: what the exported generation configuration stops at.
+        probe_ids_1T: the row whose logits are compared.
+        unreached: from `check_changed`.
+
+    Raises:
+        ProofError: when the folder is not the model.
+    """
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    export.cast(model, dtype)
+    expected = export.probe_logits(model, probe_ids_1T)
+    tied = export.tied_names(model)
+    export.write_model(model, tokenizer, stop_ids, folder)
+    with tempfile.TemporaryDirectory(prefix="fullrank-") as scratch:
+        found, found_tied = export.fresh_process(folder, probe_ids_1T, model.device, Path(scratch))
+    proof = Proof(
+        trainable_tensors=len(trainable),
+        changed_tensors=len(trainable) - len(unreached),
+        never_reached_tensors=list(unreached),
+        export_dtype=str(dtype).removeprefix("torch."),
+        export_keys_equal=export.keys_equal(folder, base.folder, tied),
+        export_logits_identical=torch.equal(expected, found),
+        export_probe_tokens=probe_ids_1T.numel(),
+        ties_kept=tied == found_tied and bool(tied) == base.facts.tied_embeddings,
+    )
+    if not proof.export_keys_equal:
+        raise ProofError(f"{folder}: the export's tensors are not the base model's: names or shapes differ")
+    if not proof.ties_kept:
+        raise ProofError(f"{folder}: tied weights came apart: {sorted(tied ^ found_tied) or 'input and output embeddings'}")
+    if not proof.export_logits_identical:
+        worst = float((expected.float() - found.float()).abs().max()) if expected.shape == found.shape else float("nan")
+        raise ProofError(f"{folder}: a fresh process computes other logits than the trained weights (largest difference {worst:g})")
+    return proof

@@ -1,0 +1,317 @@
+"""The train stage: from the base model to a proven export, resumable at any moment.
+
+Reads `data/` and `plan.json`; writes `train/` (steps.jsonl, ledger.jsonl, checkpoints, card.json) and `model/`. The same command
+continues from the newest checkpoint and ends with bitwise the same weights. Checkpoints are removed once the export is proven.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from fullrank.errors import Stopped, UsageError
+from fullrank.loading import differences
+from fullrank.meter import Meter
+from fullrank.models.export import export_dtype
+from fullrank.models.load import load_model, load_tokenizer
+from fullrank.models.packing import keeps_apart
+from fullrank.models.source import ResolvedModel
+from fullrank.parallel import device as devices
+from fullrank.parallel.engine import Engine
+from fullrank.parallel.single import SingleDevice
+from fullrank.recipe import EarlyStopping, Recipe
+from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
+from fullrank.run import (
+    Run,
+    append_json_line,
+    fingerprint,
+    need_record,
+    new_folder,
+    read_json_lines,
+    read_record,
+    write_manifest,
+    write_record,
+    write_text,
+)
+from fullrank.sequences.chat import ChatRenderer
+from fullrank.sequences.order import Order
+from fullrank.sequences.store import TokenStore
+from fullrank.train import checkpoint, proof
+from fullrank.train.guard import Interrupted, StopRequest, check_finite
+from fullrank.train.loop import Layout, Step, steps, validation_loss
+
+#: Saving may take at most this share of the time, and happens at most once a minute.
+_SAVING_SHARE = 0.03
+_SHORTEST_GAP_SECONDS = 60.0
+_PROBE_TOKENS = 512
+
+
+def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
+    """Trains, proves and exports, or finds it done.
+
+    Raises:
+        Stopped: after SIGINT or SIGTERM, with the state saved.
+        TrainingError: a loss or gradient was not finite.
+        ProofError: what the run would claim does not hold.
+        UsageError: the run folder holds training of another recipe.
+    """
+    data = need_record(run.data / "card.json", DataCard, "plan")
+    plan = need_record(run.plan_path, Plan, "plan")
+    inputs = _inputs(recipe, data, base)
+    current = fingerprint(inputs)
+    card = read_record(run.train / "card.json", TrainCard)
+    if card and card.fingerprint == current and (run.model / "MANIFEST.json").is_file():
+        run.tell("reused", stage="train", what=f"the model trained before ({card.steps} steps)")
+        return card
+    _refuse_other_inputs(run, inputs)
+    run.tell("started", stage="train")
+    with Meter() as meter:
+        training = _Training(recipe, run, base, data, plan)
+        training.fit()
+        checked = training.export()
+    card = training.card(current, meter, checked)
+    write_record(run.train / "card.json", card)
+    for leftover in (training.checkpoints, training.best_folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    run.tell("finished", stage="train", seconds=card.seconds, steps=card.steps, validation_loss=card.validation_loss_best)
+    return card
+
+
+def _inputs(recipe: Recipe, data: DataCard, base: ResolvedModel) -> dict[str, Any]:
+    """Everything the trained weights depend on; the plan is not among it."""
+    return {
+        "model": base.facts.fingerprint,
+        "data": data.fingerprint,
+        "train": recipe.train.model_dump(mode="json"),
+        "export": recipe.export.model_dump(mode="json"),
+    }
+
+
+def _refuse_other_inputs(run: Run, inputs: dict[str, Any]) -> None:
+    """Training begun with one recipe is never continued with another."""
+    path = run.train / "inputs.json"
+    begun = read_json_lines(path)
+    if begun and begun[0] != inputs:
+        changed = "\n".join(differences(begun[0], inputs))
+        raise UsageError(
+            f"{run.root}: its training was begun with other inputs:\n{changed}",
+            hint=f"give this recipe another `name`, or delete {run.train} and {run.model} to train anew",
+        )
+    write_text(path, _json_line(inputs))
+
+
+def _json_line(facts: dict[str, Any]) -> str:
+    return json.dumps(facts) + "\n"
+
+
+@dataclass
+class _Progress:
+    """The loop's own state, saved with every checkpoint."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    last_loss: float = float("inf")
+    first_loss: float = float("inf")
+    without_improvement: int = 0
+    loop_seconds: float = 0.0
+    resumed_from: list[int] = field(default_factory=list)
+
+    def validated(self, loss: float, step: int, stopping: EarlyStopping | None) -> bool:
+        """Takes in a validation loss; True when it is the best so far."""
+        if step == 0:  # the base model: what the run is compared with, not one of its results
+            self.first_loss = loss
+            return False
+        self.last_loss = loss
+        if loss < self.best_loss - (stopping.min_delta if stopping else 0.0):
+            self.best_loss, self.best_step, self.without_improvement = loss, step, 0
+            return True
+        self.without_improvement += 1
+        return False
+
+
+class _Training:
+    """One sitting of a training run."""
+
+    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, plan: Plan) -> None:
+        self.recipe, self.run, self.base, self.plan = recipe, run, base, plan
+        self.device = devices.choose(plan.machine.device)
+        devices.reset_peak(self.device)
+        self.checkpoints = run.train / "checkpoints"
+        self.best_folder = run.train / "best"
+        self.steps_path = run.train / "steps.jsonl"
+        self.ledger_path = run.train / "ledger.jsonl"
+        self.train_store = TokenStore(run.data / "train")
+        self.validation_store = TokenStore(run.data / "validation")
+        self.order = Order(len(self.train_store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
+        self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
+        self.model = load_model(base.folder, device=self.device)
+        packed = keeps_apart(self.model)
+        if not packed:
+            run.tell("note", stage="train", words="this model does not keep packed examples apart: one example a row")
+        self.layout = Layout(plan.micro_batch_tokens, packed)
+        self.engine: Engine = SingleDevice(self.model, recipe.train, recompute=plan.recompute)
+        self.progress = _Progress()
+        self.stopped_early = False
+        self._last_save = time.monotonic()
+        self._save_seconds = 0.0
+
+    # ---- the loop's consumer ----------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Runs the steps that are left; the best weights are then in the engine."""
+        self._resume()
+        self._sitting_started = time.monotonic()
+        with StopRequest() as stop:
+            if self.progress.first_loss == float("inf"):
+                self._validate()
+            rows = steps(
+                self.engine,
+                self.train_store,
+                self.order,
+                self.recipe.train,
+                self.layout,
+                first=self.progress.step + 1,
+                interruptible=stop.between,
+            )
+            try:
+                if not self._out_of_patience():
+                    for step in rows:
+                        check_finite(step, self.train_store)
+                        self.progress.step = step.row.step
+                        is_last = step.row.step == self.order.steps
+                        due = is_last or step.row.step % self.recipe.train.evaluate_every_steps == 0
+                        self._record(step, validation_loss=self._validate() if due else None)
+                        if self._out_of_patience():
+                            break
+                        if self._save_is_due() and not is_last:
+                            self._save()
+                        if stop.requested:
+                            raise Interrupted
+            except Interrupted:
+                self._save()
+                raise Stopped(
+                    f"stopped at step {self.progress.step} of {self.order.steps}; the state is saved in {self.checkpoints}",
+                    hint="type the same command to continue",
+                ) from None
+        self._add_sitting_seconds()
+        self.stopped_early = self.progress.step < self.order.steps
+        if self.progress.best_step != self.progress.step:
+            self.engine.load_weights(checkpoint.load_weights(self.best_folder))
+
+    def _record(self, step: Step, validation_loss: float | None) -> None:
+        row = step.row.model_copy(update={"validation_loss": validation_loss})
+        self._write_row(row)
+        append_json_line(self.ledger_path, {"step": row.step, "examples": step.examples.tolist()})
+
+    def _write_row(self, row: StepRow) -> None:
+        append_json_line(self.steps_path, row.model_dump())
+        self.run.show("step", row=row, steps=self.order.steps, micro_batch_tokens=self.layout.budget_tokens)
+
+    def _validate(self) -> float:
+        self.run.show("validating", step=self.progress.step)
+        loss = validation_loss(self.engine, self.validation_store, self.layout)
+        step = self.progress.step
+        is_best = self.progress.validated(loss, step, self.recipe.train.early_stopping)
+        if is_best and step < self.order.steps:  # the last step's weights are still in memory when they are exported
+            checkpoint.save_weights(self.best_folder, dict(self.engine.weights()))
+        self.run.tell("validation", step=step, loss=loss, best=is_best)
+        return loss
+
+    def _out_of_patience(self) -> bool:
+        stopping = self.recipe.train.early_stopping
+        return stopping is not None and self.progress.without_improvement >= stopping.patience
+
+    # ---- saving and resuming ----------------------------------------------------------------------------------------
+
+    def _save_is_due(self) -> bool:
+        if self._save_seconds == 0.0:
+            return True  # the first step is saved, so that a save that cannot work fails in the first minute
+        gap = max(_SHORTEST_GAP_SECONDS, self._save_seconds / _SAVING_SHARE)
+        return time.monotonic() - self._last_save >= gap
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        self._add_sitting_seconds()
+        checkpoint.save(self.checkpoints, self.progress.step, self.engine.state(), asdict(self.progress))
+        self._last_save = time.monotonic()
+        self._save_seconds = self._last_save - started
+        self.run.tell("saved", step=self.progress.step, seconds=self._save_seconds)
+
+    def _add_sitting_seconds(self) -> None:
+        now = time.monotonic()
+        self.progress.loop_seconds += now - self._sitting_started
+        self._sitting_started = now
+
+    def _resume(self) -> None:
+        def complain(words: str) -> None:
+            self.run.tell("note", stage="train", words=words)
+
+        folder = checkpoint.newest(self.checkpoints, complain)
+        step = 0
+        if folder is not None:
+            step, state, facts = checkpoint.load(folder)
+            self.engine.load_state(state)
+            self.progress = _Progress(**facts)
+            self.progress.resumed_from.append(step)
+            self.run.tell("resumed", step=step, steps=self.order.steps)
+        for path in (self.steps_path, self.ledger_path):  # what came after the checkpoint is done again
+            kept = [line for line in read_json_lines(path) if line["step"] <= step and folder is not None]
+            write_text(path, "".join(_json_line(line) for line in kept))
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def export(self) -> Proof:
+        """Writes `model/` once everything about it has been checked."""
+        self.run.show("exporting")
+        base_model = load_model(self.base.folder, device=torch.device("cpu"))
+        unchanged = proof.unchanged_tensors(self.model, dict(base_model.named_parameters()))
+        del base_model
+        unreached = proof.check_changed(unchanged, self.engine.never_reached())
+        del self.engine  # the optimizer's memory
+        renderer = ChatRenderer(self.tokenizer, self.recipe.data.template_date, self.recipe.model.source)
+        with new_folder(self.run.model) as folder:
+            checked = proof.export_and_prove(
+                self.model,
+                self.tokenizer,
+                self.base,
+                dtype=export_dtype(self.recipe.export.dtype, self.base.facts.dtype),
+                stop_ids=renderer.stop_ids(),
+                probe_ids_1T=torch.from_numpy(self.validation_store[0].ids[:_PROBE_TOKENS].astype("int64"))[None],
+                unreached=unreached,
+                folder=folder,
+            )
+            write_manifest(folder)
+        return checked
+
+    def card(self, current: str, meter: Meter, checked: Proof) -> TrainCard:
+        """What this run's training did, over all its sittings."""
+        rows = [StepRow.model_validate(line) for line in read_json_lines(self.steps_path)]
+        tokens = sum(row.tokens for row in rows)
+        return TrainCard(
+            fingerprint=current,
+            seconds=meter.seconds,
+            peak_bytes=meter.peak_bytes,
+            model=self.base.facts,
+            steps=self.progress.step,
+            steps_planned=self.order.steps,
+            stopped_early=self.stopped_early,
+            best_step=self.progress.best_step,
+            examples_seen=sum(row.examples for row in rows),
+            tokens_seen=tokens,
+            supervised_tokens_seen=sum(row.supervised_tokens for row in rows),
+            validation_loss_before=self.progress.first_loss,
+            validation_loss_best=self.progress.best_loss,
+            validation_loss_last=self.progress.last_loss,
+            loop_seconds=self.progress.loop_seconds,
+            tokens_per_second=tokens / sum(row.seconds for row in rows),
+            packed=self.layout.packed,
+            device_peak_bytes=devices.device_peak_bytes(self.device),
+            resumed_from_steps=self.progress.resumed_from,
+            proof=checked,
+        )

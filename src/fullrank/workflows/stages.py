@@ -1,0 +1,157 @@
+"""Stages of a run in their order, each with what it needs run before it.
+
+A workflow opens the run folder under its lock, resolves every `auto` into the saved recipe, and runs the stages up to the one asked
+for; stages whose inputs have not changed find their work done. The rooms know nothing of one another: the folder joins them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fullrank.data import stage as data_stage
+from fullrank.errors import UsageError
+from fullrank.evaluate import stage as evaluate_stage
+from fullrank.loading import LoadedRecipe, differences, dump
+from fullrank.models.source import ResolvedModel, resolve
+from fullrank.parallel import device as devices
+from fullrank.plan import stage as plan_stage
+from fullrank.recipe import Recipe
+from fullrank.records import DataCard, EvaluationCard, Plan, Score, StageRecord, TrainCard
+from fullrank.report import stage as report_stage
+from fullrank.run import Listener, Run, read_record, write_text
+from fullrank.train import stage as train_stage
+
+StageName = Literal["data", "plan", "train", "evaluate", "report"]
+STAGES: tuple[StageName, ...] = ("data", "plan", "train", "evaluate", "report")
+_PACKAGES = ("fullrank", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+
+
+def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None) -> Run:
+    """Runs every stage up to `last`.
+
+    Raises:
+        FullrankError: whatever a stage refuses; everything complete stays.
+    """
+    with opened(loaded, runs_dir, listener) as (recipe, run):
+        base = resolve(recipe.model, lambda words: run.tell("note", stage="model", words=words))
+        for name in STAGES[: STAGES.index(last) + 1]:
+            _run_stage(name, recipe, run, base)
+    return run
+
+
+def _run_stage(name: StageName, recipe: Recipe, run: Run, base: ResolvedModel) -> None:
+    match name:
+        case "data":
+            data_stage.stage(recipe, run, base)
+        case "plan":
+            plan_stage.stage(recipe, run, base)
+        case "train":
+            train_stage.stage(recipe, run, base)
+        case "evaluate":
+            evaluate_stage.stage(recipe, run, base)
+        case "report":
+            page = report_stage.stage(run)
+            run.tell("finished", stage="report", page=str(page))
+
+
+@contextmanager
+def opened(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None) -> Iterator[tuple[Recipe, Run]]:
+    """The run's folder, locked, with the resolved recipe and the environment saved in it.
+
+    Raises:
+        UsageError: the folder is in use, cannot be written, or holds training begun with another recipe.
+    """
+    recipe = _resolved(loaded.recipe)
+    run = Run(runs_dir / recipe.name, listener)
+    with run.locked():
+        _refuse_other_recipe(run, recipe)
+        write_text(run.recipe_path, _header(loaded) + dump(recipe))
+        write_text(run.environment_path, _environment())
+        yield recipe, run
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """The recipe with every `auto` replaced by what it means on this machine."""
+    device = devices.choose(recipe.machine.device)
+    precision = devices.resolve_precision(recipe.train.precision, device)
+    return recipe.model_copy(
+        update={
+            "machine": recipe.machine.model_copy(update={"device": device.type}),
+            "train": recipe.train.model_copy(update={"precision": precision}),
+        }
+    )
+
+
+def _refuse_other_recipe(run: Run, recipe: Recipe) -> None:
+    """A run that has begun to train keeps what it trains on and how; evaluation and report may change."""
+    if not (run.train / "inputs.json").exists() or not run.recipe_path.exists():
+        return
+    sections = ("model", "data", "train", "export")
+    begun = yaml.safe_load(run.recipe_path.read_text(encoding="utf-8"))
+    now = yaml.safe_load(dump(recipe))
+    changed = differences({s: begun.get(s) for s in sections}, {s: now[s] for s in sections})
+    if changed:
+        raise UsageError(
+            f"{run.root}: its training was begun with another recipe:\n" + "\n".join(changed),
+            hint=f"give this recipe another `name`, or delete {run.root} to start anew",
+        )
+
+
+def _header(loaded: LoadedRecipe) -> str:
+    overrides = "".join(f"# override: {override}\n" for override in loaded.overrides)
+    return f"# The recipe of this run, resolved: every default is written out. From {loaded.path.name}.\n{overrides}"
+
+
+def _environment() -> str:
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES if _installed(package)}
+    facts = {"python": platform.python_version(), "platform": platform.platform(), "command": " ".join(sys.argv), **versions}
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+# ---- what a finished run says ---------------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What `fullrank run --json` prints: scores of the first test set, stages, the plan against what was measured."""
+    records: dict[str, StageRecord | None] = {
+        "data": read_record(run.data / "card.json", DataCard),
+        "plan": read_record(run.plan_path, Plan),
+        "train": read_record(run.train / "card.json", TrainCard),
+        "evaluate": read_record(run.evaluate / "card.json", EvaluationCard),
+    }
+    plan_record, card = records["plan"], records["evaluate"]
+    trained = records["train"]
+    result: dict[str, Any] = {
+        "run": str(run.root),
+        "stages": {n: {"seconds": r.seconds, "peak_bytes": r.peak_bytes} for n, r in records.items() if r is not None},
+    }
+    if isinstance(plan_record, Plan) and isinstance(trained, TrainCard):
+        measured = trained.device_peak_bytes or trained.peak_bytes
+        result["plan"] = {"peak_bytes_predicted": plan_record.peak_bytes_predicted, "peak_bytes_measured": measured}
+    if isinstance(card, EvaluationCard):
+        by_test = {name: {"base": _plain(t.base), "tuned": _plain(t.tuned)} for name, t in card.tests.items()}
+        losses = by_test["validation"]
+        result["scores"] = {who: by_test[card.primary][who] | losses[who] for who in ("base", "tuned")}
+        result["tests"] = {name: scores for name, scores in by_test.items() if name not in (card.primary, "validation")}
+    return result
+
+
+def _plain(scores: dict[str, Score]) -> dict[str, dict[str, float]]:
+    return {key: score.model_dump() for key, score in scores.items()}
