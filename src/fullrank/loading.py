@@ -36,6 +36,10 @@ class _CoreLoader(yaml.SafeLoader):
     """SafeLoader whose plain scalars follow the YAML 1.2 core schema."""
 
 
+class _CoreDumper(yaml.SafeDumper):
+    """SafeDumper that quotes every text which `_CoreLoader` (or a YAML 1.1 reader) would take for something else."""
+
+
 _CoreLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -43,7 +47,8 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 ):
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+    for _either in (_CoreLoader, _CoreDumper):
+        _either.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -98,7 +103,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, need_files: bool = 
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out, so that the saved copy repeats the run by itself."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    document = recipe.model_dump(mode="json")
+    return yaml.dump(document, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def schema() -> dict[str, Any]:
@@ -128,7 +134,11 @@ class _Lines(dict[KeyPath, str]):
 
 
 def _parse(text: str, file: str) -> tuple[dict[str, Any], _Lines]:
-    loader = _CoreLoader(text)
+    try:
+        loader = _CoreLoader(text)
+    except yaml.reader.ReaderError as error:  # a character that YAML does not allow
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{file}:{line}: not valid YAML: the character {text[error.position]!r} is not allowed") from None
     try:
         node = loader.get_single_node()
         lines = _Lines({(): f"{file}:1"})
@@ -137,7 +147,9 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any], _Lines]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise RecipeError(f"{file}: an alias (*name) stands inside what it names") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise RecipeError(f"{file}: not valid YAML: {error}") from None
     finally:
         loader.dispose()
@@ -145,7 +157,9 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any], _Lines]:
         raise RecipeError("\n".join(duplicates), hint="write each key once")
     if not isinstance(document, dict):
         found = "an empty file" if document is None else f"a {type(document).__name__}"
-        raise RecipeError(f"{file}:1: a recipe is a mapping of keys, found {found}", hint="`fullrank init` writes one to start from")
+        raise RecipeError(
+            f"{file}:1: a recipe is a mapping of keys, found {found}", hint="`fullrank init` writes one to start from"
+        )
     return document, lines
 
 
@@ -170,11 +184,13 @@ def _apply_overrides(document: dict[str, Any], lines: _Lines, overrides: Sequenc
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-            problems.append(f"override {override!r}: an override is key.path=value, for example train.optimizer.learning_rate=1e-5")
+            problems.append(
+                f"override {override!r}: an override is key.path=value, for example train.optimizer.learning_rate=1e-5"
+            )
             continue
         try:
-            parsed = yaml.load(value, _CoreLoader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
+            parsed = yaml.load(value, _CoreLoader)
+        except (yaml.YAMLError, ValueError, RecursionError):
             problems.append(f"override {override!r}: the value is not valid YAML")
             continue
         *parents, last = key.split(".")
@@ -201,12 +217,15 @@ def dotted(path: KeyPath) -> str:
 
 
 def _describe(detail: ErrorDetails, lines: _Lines, file: str) -> str:
-    path = _real_path(detail["loc"], lines)
+    is_about_a_key = detail["type"] in ("missing", "extra_forbidden") and isinstance(detail["loc"][-1], str)
+    path = _real_path(detail["loc"], lines, is_about_a_key)
     place = lines.nearest(path)
     name = dotted(path)
     if detail["type"] == "extra_forbidden":
         return f"{place}: {name}: unknown key{_suggestion(path)}"
     if detail["type"] == "missing":
+        if not is_about_a_key:
+            return f"{place}: {name}: too few values"
         return f"{lines.nearest(path[:-1]) or file}: {name}: is required"
     message = detail["msg"].removeprefix("Value error, ")
     value = detail["input"]
@@ -214,14 +233,12 @@ def _describe(detail: ErrorDetails, lines: _Lines, file: str) -> str:
     return f"{place}: {name or 'recipe'}: {message[:1].lower()}{message[1:]}{found}"
 
 
-def _real_path(loc: Sequence[str | int], lines: _Lines) -> KeyPath:
+def _real_path(loc: Sequence[str | int], lines: _Lines, ends_with_a_key: bool) -> KeyPath:
     """Drops the names of union members and short forms that pydantic adds and the user never wrote."""
     path: KeyPath = ()
     for position, part in enumerate(loc):
         written = (*path, part) in lines or any(known[: len(path) + 1] == (*path, part) for known in lines)
-        is_last = position == len(loc) - 1
-        is_union_member = isinstance(part, str) and not re.fullmatch(r"[a-z_][a-z0-9_]*", part)
-        if written or (is_last and isinstance(part, str) and not is_union_member and "(" not in part):
+        if written or (ends_with_a_key and position == len(loc) - 1):
             path = (*path, part)
     return path
 
@@ -230,10 +247,9 @@ def _fields(path: KeyPath) -> dict[str, Any]:
     """The fields of the recipe section at `path`, or none where there is no section."""
     section: type[BaseModel] = Recipe
     for part in path:
-        if isinstance(part, int):
+        if part not in section.model_fields:  # a list's index, or the name of a test set
             continue
-        field = section.model_fields.get(part)
-        below = [t for t in _types_within(field.annotation) if issubclass(t, Section)] if field else []
+        below = [t for t in _types_within(section.model_fields[part].annotation) if issubclass(t, Section)]
         if not below:
             return {}
         section = below[0]
@@ -259,11 +275,11 @@ def _suggestion(path: KeyPath) -> str:
     key = str(path[-1])
     if key in REFUSED:
         return f": {REFUSED[key]}"
+    if key in ALIASES:
+        return f"; did you mean {ALIASES[key]!r}?"
     near = difflib.get_close_matches(key, _fields(path[:-1]), n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    if key in ALIASES:
-        return f"; did you mean {ALIASES[key]!r}?"
     every_key = list(_all_keys())
     near = difflib.get_close_matches(key, {str(k[-1]) for k in every_key}, n=1, cutoff=0.8)
     if near:
@@ -312,5 +328,3 @@ def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
     model_folder = next((folder / recipe.model.source for folder in folders if (folder / recipe.model.source).is_dir()), None)
     model = recipe.model.model_copy(update={"source": str(model_folder.resolve())}) if model_folder else recipe.model
     return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model})
-
-

@@ -11,7 +11,17 @@ import datetime
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fullrank.units import parse_bytes
 
@@ -19,13 +29,13 @@ from fullrank.units import parse_bytes
 class Section(BaseModel):
     """Base of every recipe section: frozen, strict about its keys, documented by the string under each field."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Model(Section):
     """The base model."""
 
-    source: str
+    source: str = Field(min_length=1)
     """An embedded name (smollm2-135m-instruct), a local Hugging Face folder, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; the commit it resolves to is recorded in the run."""
@@ -56,7 +66,10 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]
+Sources = Annotated[
+    Annotated[list[Source], Field(min_length=1)],
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+]
 
 
 class ValidationSplit(Section):
@@ -67,11 +80,12 @@ class ValidationSplit(Section):
 
 
 def _validation_form(value: Any) -> str:
-    return "split" if isinstance(value, ValidationSplit) or (isinstance(value, dict) and "ratio" in value) else "sources"
+    is_split = isinstance(value, ValidationSplit) or (isinstance(value, dict) and "ratio" in value)
+    return "a ratio" if is_split else "sources of its own"  # no words that could be keys: they appear in error paths
 
 
 Validation = Annotated[
-    Annotated[ValidationSplit, Tag("split")] | Annotated[Sources, Tag("sources")], Discriminator(_validation_form)
+    Annotated[ValidationSplit, Tag("a ratio")] | Annotated[Sources, Tag("sources of its own")], Discriminator(_validation_form)
 ]
 
 
@@ -87,7 +101,9 @@ class Data(Section):
     """A path, a {path|hub, split, limit} mapping, or a list of them."""
     validation: Validation = ValidationSplit(ratio=0.1)
     """A file (or list), or {ratio: 0.1} of the training data; a tenth by default, so that overfitting is always seen."""
-    test: Annotated[dict[str, Sources], BeforeValidator(_as_tests)] = Field(default_factory=dict)
+    test: Annotated[dict[str, Sources], BeforeValidator(_as_tests, json_schema_input_type=Sources | dict[str, Sources])] = Field(
+        default_factory=dict
+    )
     """A file, or named files {seen: a.jsonl, unseen: b.jsonl}; touched by the final evaluation only."""
     max_length: int = Field(default=2048, ge=2)
     """Longest example in tokens; 2048 covers most instruction data."""
@@ -175,7 +191,9 @@ class Task(Section):
     """Name of the score in records and reports; the metric's own by default."""
     pattern: str | None = None
     """Regular expression whose first group is the part of the answer that is scored; the whole answer by default."""
-    separator: str = ","
+    label_pattern: str | None = None
+    """f1: regular expression that every label in the part matches; with it, separator and none play no part."""
+    separator: str = Field(default=",", min_length=1)
     """f1: what stands between labels."""
     none: str = "none"
     """f1: the word that stands for an empty set of labels."""
@@ -185,15 +203,20 @@ class Task(Section):
         """The score's name."""
         return self.name or self.metric
 
-    @field_validator("pattern")
+    @property
+    def keys(self) -> list[str]:
+        """The names of all its scores: f1 brings a macro average with it."""
+        return [self.key, f"{self.key}_macro"] if self.metric == "f1" else [self.key]
+
+    @field_validator("pattern", "label_pattern")
     @classmethod
-    def _pattern_has_a_group(cls, pattern: str | None) -> str | None:
+    def _is_a_pattern(cls, pattern: str | None, info: ValidationInfo) -> str | None:
         if pattern is not None:
             try:
                 groups = re.compile(pattern).groups
             except re.error as error:
                 raise ValueError(f"not a regular expression: {error}") from None
-            if groups < 1:
+            if info.field_name == "pattern" and groups < 1:
                 raise ValueError("the pattern needs a group (...) around the part to score")
         return pattern
 
@@ -213,10 +236,10 @@ class Evaluate(Section):
     @field_validator("tasks")
     @classmethod
     def _names_differ(cls, tasks: list[Task]) -> list[Task]:
-        keys = [task.key for task in tasks]
+        keys = [key for task in tasks for key in task.keys]
         repeated = sorted({key for key in keys if keys.count(key) > 1})
         if repeated:
-            raise ValueError(f"two tasks are named {repeated[0]!r}; give each a `name` of its own")
+            raise ValueError(f"two scores are named {repeated[0]!r}; give each task a `name` of its own")
         return tasks
 
 

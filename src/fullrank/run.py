@@ -106,9 +106,11 @@ class Run:
                     f"{self.root}: this run is being written by {owner}",
                     hint="wait for it, stop it, or give this run another `name`",
                 ) from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            handle.flush()
+            owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            with naming_disk_trouble(self.root):
+                handle.truncate(0)
+                handle.write(owner)
+                handle.flush()
             yield self
             handle.truncate(0)
         finally:
@@ -134,7 +136,9 @@ def naming_disk_trouble(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(f"{path}: no permission to write here", hint="choose another place with --runs-dir") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST) and not path.is_dir():
-            raise UsageError(f"{path}: a file stands where a folder is needed", hint="choose another place with --runs-dir") from error
+            raise UsageError(
+                f"{path}: a file stands where a folder is needed", hint="choose another place with --runs-dir"
+            ) from error
         raise
 
 
@@ -178,7 +182,9 @@ def need_record(path: Path, record: type[RecordType], stage: str) -> RecordType:
     """
     found = read_record(path, record)
     if found is None:
-        raise UsageError(f"{path}: not there yet", hint=f"run `fullrank {stage} RECIPE` first, or `fullrank run RECIPE` for all stages")
+        raise UsageError(
+            f"{path}: not there yet", hint=f"run `fullrank {stage} RECIPE` first, or `fullrank run RECIPE` for all stages"
+        )
     return found
 
 
@@ -188,19 +194,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     What stood under the name before is replaced; what a failed attempt left is removed.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     with naming_disk_trouble(path):
+        if old.exists() and not path.exists():  # a process was killed between the two renames below
+            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
-            for file in sorted(partial.rglob("*")):
+            for file in [*sorted(partial.rglob("*")), partial]:
                 _fsync(file)
             if path.exists():
-                old = path.with_name(f".{path.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
-                partial.rename(path)
+                try:
+                    partial.rename(path)
+                except BaseException:
+                    old.rename(path)
+                    raise
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 partial.rename(path)
@@ -220,15 +231,19 @@ def _fsync(path: Path) -> None:
 
 
 def append_json_line(path: Path, facts: dict[str, Any]) -> None:
-    """Appends one JSON line; numbers keep full precision."""
+    """Appends one JSON line; numbers keep full precision. A last line torn by a crash stays a line of its own."""
+    line = json.dumps(facts, ensure_ascii=False, allow_nan=True).encode() + b"\n"
     with naming_disk_trouble(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts, ensure_ascii=False, allow_nan=True) + "\n")
+        with path.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line torn by a crash is left out."""
+    """All complete lines; a line torn by a crash is left out."""
     if not path.exists():
         return []
     rows = []
@@ -266,13 +281,14 @@ def verify_manifest(folder: Path) -> str | None:
     """None when every file is as its manifest says; otherwise what is wrong."""
     try:
         entries = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        stated = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "it has no readable MANIFEST.json"
-    for name, entry in entries.items():
+    for name, facts in stated.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
+        if (path.stat().st_size, file_digest(path)) != facts:
             return f"{name} differs from its manifest"
     return None
 
@@ -296,4 +312,3 @@ def find_run(name_or_path: str, runs_dir: Path) -> Run:
             return Run(root)
     known = ", ".join(run.name for run in list_runs(runs_dir)) or "none"
     raise UsageError(f"no run {name_or_path!r} in {runs_dir} (runs there: {known})", hint="`fullrank runs` lists them")
-

@@ -5,9 +5,8 @@ codes of the breached ratios and orders what the bank must do. There are no figu
 learn that in minutes; `prudential_numeric` is the level that asks for it).
 
 Promises: the same arguments give the same bytes on every machine and Python version (all choices come from
-`random.Random.random`); the splits of a case share no report; three in ten of the sentences, chosen by their position
-in the lists below, are held out: they occur in the unseen-wordings test set, whose every statement about a ratio is one
-of them, and nowhere else.
+`random.Random.random`); the splits of a case share no report; about a third of the names of every ratio and of what may be
+said of it are held out: they make up every statement of the unseen-wordings test set, and occur nowhere else as a whole.
 
 What it is not: a rendering of the law. Codes and the ratios they stand for follow the Bank of Russia's Instruction
 199-I of 29 November 2019 (N1 is its N1.0); banks, reports and directives are invented, and any likeness of a name to
@@ -30,21 +29,26 @@ from fullrank.run import write_text
 
 Item = TypeVar("Item")
 Wordings = Literal["seen", "unseen"]
+State = Literal["breached", "kept"]
 WriteCase = Callable[..., dict[str, Path]]
 
 SYSTEM = "You are a bank supervisor."
 NO_ACTION = "No action is required."
-LABELS_PATTERN = r"Violations:\s*(.*)"
+#: What of an answer may name codes: all before the directive, so that an answer in a form of its own is read kindly.
+LABELS_PATTERN = r"(?s)^(.*?)(?:\n\s*Directive|\Z)"
+#: A code, wherever it stands.
+CODE_PATTERN = r"\bN\d+\b"
 DIRECTIVE_PATTERN = r"Directive:\s*(.*)"
 
 #: The scores of the case, as entries of a recipe's `evaluate.tasks`.
 TASKS: tuple[dict[str, str], ...] = (
-    {"metric": "f1", "pattern": LABELS_PATTERN},
+    {"metric": "f1", "pattern": LABELS_PATTERN, "label_pattern": CODE_PATTERN},
     {"metric": "rouge_l", "pattern": DIRECTIVE_PATTERN},
 )
 
-#: Positions within every ten sentences of a list that are held out for the unseen-wordings test set.
-HELD_OUT_POSITIONS = (2, 5, 8)
+#: How many of each list below, counted from its end, are held out for the unseen-wordings test set.
+HELD_OUT_SUBJECTS = 2
+HELD_OUT_PREDICATES = 6
 
 
 @dataclass(frozen=True)
@@ -52,371 +56,191 @@ class Ratio:
     """A prudential ratio in language.
 
     Attributes:
-        code: its short name in an answer.
-        meaning: its name and what a breach of it is, for the instructions.
+        code: its short name.
+        name: its name in an answer.
+        meaning: what a breach of it is, for the instructions.
         directive: what a bank that breaches it is ordered to do.
-        breached: sentences that say the limit is breached.
-        kept: sentences that say the limit is kept.
+        subjects: ways to name it in a report; the last ones are held out.
     """
 
     code: str
+    name: str
     meaning: str
     directive: str
-    breached: tuple[str, ...]
-    kept: tuple[str, ...]
+    subjects: tuple[str, ...]
 
-    def sentences(self, state: Literal["breached", "kept"], wordings: Wordings) -> tuple[str, ...]:
-        """The sentences of one state that training may see, or those it must never see."""
-        return tuple(
-            sentence
-            for position, sentence in enumerate(self.breached if state == "breached" else self.kept)
-            if (position % 10 in HELD_OUT_POSITIONS) == (wordings == "unseen")
-        )
+    @property
+    def label(self) -> str:
+        """As an answer names it: `total capital (N1)`. The words come before the code, as a model writes from left to right."""
+        return f"{self.name} ({self.code})"
 
+    def sentences(self, state: State, wordings: Wordings) -> tuple[str, ...]:
+        """The sentences of one state that training may see, or those whose every part it must never see."""
+        subjects = split_off(self.subjects, HELD_OUT_SUBJECTS, wordings)
+        predicates = split_off(BREACHED if state == "breached" else KEPT, HELD_OUT_PREDICATES, wordings)
+        return tuple(f"{subject} {predicate}." for predicate in predicates for subject in subjects)
+
+
+def split_off(phrases: Sequence[str], held_out: int, wordings: Wordings) -> Sequence[str]:
+    """The phrases that training may see, or the held-out ones at the end."""
+    return phrases[:-held_out] if wordings == "seen" else phrases[-held_out:]
+
+
+#: What a report says of a ratio whose limit is breached.
+BREACHED: tuple[str, ...] = (
+    "breaches the norm",
+    "is in breach of its limit",
+    "violates the norm",
+    "violates its limit",
+    "fails the norm",
+    "does not meet the norm",
+    "does not comply with the rules",
+    "missed the requirement",
+    "is not within its limit",
+    "broke its limit",
+    "is outside the permitted range",
+    "failed the supervisory test",
+    "is not in order",
+    "does not keep to its limit",
+    # held out
+    "is in violation of the norm",
+    "does not satisfy the requirement",
+    "failed to meet the norm",
+    "has breached its limit",
+    "is not in line with the rules",
+    "fails to comply with its limit",
+)
+
+#: What a report says of a ratio whose limit is kept.
+KEPT: tuple[str, ...] = (
+    "meets the norm",
+    "is well within its limit",
+    "respects the norm",
+    "respects its limit",
+    "passes the norm",
+    "satisfies the norm",
+    "complies with the rules",
+    "met the requirement",
+    "is within its limit",
+    "stayed below its alarm level",
+    "is inside the permitted range",
+    "passed the supervisory test",
+    "is in order",
+    "keeps to its limit",
+    # held out
+    "is in full compliance with the norm",
+    "satisfies the requirement",
+    "comfortably meets the norm",
+    "has kept to its limit",
+    "is in line with the rules",
+    "complies with its limit",
+)
 
 #: Every ratio of the case, in the order in which answers name them.
 RATIOS: tuple[Ratio, ...] = (
     Ratio(
         code="N1",
-        meaning="total capital, own funds too low for the risks",
+        name="total capital",
+        meaning="own funds too low for the risks",
         directive="Raise own funds.",
-        breached=(
-            "Own funds no longer cover the required minimum.",
-            "The total capital ratio has fallen below the minimum.",
-            "Losses have pushed capital under the regulatory floor.",
-            "Own funds fall short of the minimum requirement.",
-            "Capital is too thin for the risks on the books.",
-            "Regulatory capital sits below the required level.",
-            "The bank no longer meets its total capital requirement.",
-            "Write-offs left own funds short of the minimum.",
-            "Risk-weighted assets are not sufficiently backed by own funds.",
-            "The minimum for total capital is breached.",
-            "Capital adequacy has slipped under the limit.",
-            "There is a capital shortfall against the minimum.",
-            "Own funds are insufficient for the risks taken.",
-            "Total capital does not reach the prescribed minimum.",
-            "The capital ratio missed its floor at quarter-end.",
-            "A deficit of own funds has opened against the requirement.",
-            "Own funds dropped beneath the regulatory minimum.",
-            "The bank is undercapitalised for its risk-weighted assets.",
-            "Too little capital stands behind the risk-weighted assets.",
-            "The capital requirement was missed after heavy losses.",
-        ),
-        kept=(
-            "Own funds stay comfortably above the minimum.",
-            "The total capital ratio exceeds the minimum.",
-            "Profits have lifted capital well above the regulatory floor.",
-            "Own funds cover the minimum requirement in full.",
-            "Capital is ample for the risks on the books.",
-            "Regulatory capital remains above the required level.",
-            "The bank meets its total capital requirement.",
-            "Retained profit left own funds well over the minimum.",
-            "Risk-weighted assets are fully backed by own funds.",
-            "The minimum for total capital is respected.",
-            "Capital adequacy is sound and above the limit.",
-            "There is a capital surplus over the minimum.",
-            "Own funds are sufficient for the risks taken.",
-            "Total capital clears the prescribed minimum with ease.",
-            "The capital ratio held above its floor at quarter-end.",
-            "A surplus of own funds remains over the requirement.",
-            "Own funds rose further above the regulatory minimum.",
-            "The bank is well capitalised for its risk-weighted assets.",
-            "Enough capital stands behind the risk-weighted assets.",
-            "The capital requirement was met despite some losses.",
+        subjects=(
+            "Total capital",
+            "The capital ratio",
+            "Regulatory capital",
+            "Capital adequacy",
+            # held out
+            "The bank's capital",
+            "The total capital ratio",
         ),
     ),
     Ratio(
         code="N2",
-        meaning="instant liquidity, too little cash on demand or the same day",
+        name="instant liquidity",
+        meaning="too little cash on demand or the same day",
         directive="Hold more cash.",
-        breached=(
-            "Cash no longer covers deposits payable on demand.",
-            "Instant liquidity has fallen below its minimum.",
-            "The bank cannot meet same-day withdrawals from its cash.",
-            "Overnight obligations exceed the cash at hand.",
-            "Too little cash is held against sight deposits.",
-            "Same-day liquidity is below the required level.",
-            "On-demand claims are larger than instantly available assets.",
-            "The instant liquidity ratio breaches its floor.",
-            "Cash at hand falls short of overnight obligations.",
-            "Vault cash would not last through a day of withdrawals.",
-            "Instant liquidity misses the minimum.",
-            "Same-day outflows outstrip the cash available today.",
-            "Sight deposits are not sufficiently backed by cash.",
-            "The bank lacks cash for claims due today.",
-            "Immediately available assets fall short of demand deposits.",
-            "Instant liquidity has dropped under the floor.",
-            "A same-day cash shortfall has opened.",
-            "Overnight liquidity does not meet the requirement.",
-            "Cash is insufficient for deposits repayable on demand.",
-            "The bank could not settle same-day payments in full.",
-        ),
-        kept=(
-            "Cash easily covers deposits payable on demand.",
-            "Instant liquidity is well above its minimum.",
-            "The bank can meet same-day withdrawals from its cash.",
-            "Cash at hand exceeds overnight obligations.",
-            "Ample cash is held against sight deposits.",
-            "Same-day liquidity is above the required level.",
-            "Instantly available assets outweigh on-demand claims.",
-            "The instant liquidity ratio holds above its floor.",
-            "Overnight obligations are fully covered by cash at hand.",
-            "Vault cash would outlast several days of withdrawals.",
-            "Instant liquidity meets the minimum with room to spare.",
-            "Same-day outflows are small beside the cash available today.",
-            "Sight deposits are amply backed by cash.",
-            "The bank has cash to spare for claims due today.",
-            "Immediately available assets exceed demand deposits.",
-            "Instant liquidity remains safely over the floor.",
-            "A same-day cash surplus was reported.",
-            "Overnight liquidity meets the requirement.",
-            "Cash is sufficient for deposits repayable on demand.",
-            "All same-day payments were settled in full.",
+        subjects=(
+            "Instant liquidity",
+            "Same-day liquidity",
+            "The instant liquidity ratio",
+            "Overnight liquidity",
+            # held out
+            "Liquidity on the same day",
+            "Instant and overnight liquidity",
         ),
     ),
     Ratio(
         code="N3",
-        meaning="current liquidity, too few liquid assets within 30 days",
+        name="current liquidity",
+        meaning="too few liquid assets within 30 days",
         directive="Hold more liquid assets.",
-        breached=(
-            "Liquid assets no longer cover outflows of the next 30 days.",
-            "Current liquidity has fallen below its minimum.",
-            "Obligations due within a month exceed liquid assets.",
-            "The 30-day liquidity ratio breaches its floor.",
-            "Payments due within thirty days cannot be met in full.",
-            "Current liquidity does not meet the requirement.",
-            "Too few liquid assets stand against one-month liabilities.",
-            "Outflows of the coming month outstrip liquid assets.",
-            "A liquidity shortfall has opened over the 30-day horizon.",
-            "Liabilities maturing within a month are not sufficiently covered.",
-            "The current liquidity ratio is under the limit.",
-            "Liquid assets would run out before the month ends.",
-            "Liquid assets fall short of thirty-day obligations.",
-            "The bank lacks liquid assets for the coming month.",
-            "One-month outflows are larger than liquid assets.",
-            "The 30-day ratio is below the required level.",
-            "Current liquidity misses the minimum.",
-            "Claims due within 30 days exceed the assets maturing by then.",
-            "Current liquidity has slipped under the floor.",
-            "Next month's repayments are not backed by liquid assets.",
-        ),
-        kept=(
-            "Liquid assets easily cover outflows of the next 30 days.",
-            "Current liquidity is well above its minimum.",
-            "Liquid assets exceed obligations due within a month.",
-            "The 30-day liquidity ratio holds above its floor.",
-            "Payments due within thirty days can be met in full.",
-            "Current liquidity meets the requirement.",
-            "Ample liquid assets stand against one-month liabilities.",
-            "Liquid assets outweigh the outflows of the coming month.",
-            "The 30-day horizon shows a comfortable liquidity surplus.",
-            "Liabilities maturing within a month are amply covered.",
-            "The current liquidity ratio is safely above the limit.",
-            "Liquid assets would outlast a month of outflows.",
-            "Thirty-day obligations are fully backed by liquid assets.",
-            "The bank has liquid assets to spare for the coming month.",
-            "One-month outflows are small beside liquid assets.",
-            "The 30-day ratio exceeds the required level.",
-            "Current liquidity clears the minimum with ease.",
-            "Claims due within 30 days are matched by assets maturing by then.",
-            "Current liquidity remains sound and over the floor.",
-            "Next month's repayments are backed by liquid assets.",
+        subjects=(
+            "Current liquidity",
+            "Thirty-day liquidity",
+            "The current liquidity ratio",
+            "Monthly liquidity",
+            # held out
+            "Liquidity over thirty days",
+            "Current monthly liquidity",
         ),
     ),
     Ratio(
         code="N4",
-        meaning="long-term liquidity, too many loans beyond one year",
+        name="long-term liquidity",
+        meaning="too many loans beyond one year",
         directive="Extend long-term funding.",
-        breached=(
-            "Loans beyond one year have outgrown long-term funding.",
-            "The long-term liquidity ratio exceeds its cap.",
-            "Long-term loans exceed the funding that supports them.",
-            "Assets maturing beyond a year lack stable funding.",
-            "Too many long-term loans rest on short-term deposits.",
-            "Long-term liquidity is outside its limit.",
-            "Too many multi-year loans are financed with short-term money.",
-            "Long-dated assets have overtaken long-term funding.",
-            "Funding beyond one year falls short of loans of that term.",
-            "The limit on lending beyond a year is breached.",
-            "Long-term liquidity has broken through its ceiling.",
-            "Multi-year mortgages have outgrown long-term resources.",
-            "The long-term liquidity limit is exceeded.",
-            "Long-term funding no longer supports multi-year loans.",
-            "The funding gap beyond one year is above the cap.",
-            "Long-dated loans outstrip long-term funding.",
-            "Lending for over a year is above the permitted ratio.",
-            "Long-term resources do not cover long-term loans.",
-            "Multi-year lending is too large for the long-term funding.",
-            "The maturity mismatch beyond a year is over the maximum.",
-        ),
-        kept=(
-            "Long-term funding keeps pace with loans beyond one year.",
-            "The long-term liquidity ratio stays below its cap.",
-            "Long-term loans are matched by the funding that supports them.",
-            "Assets maturing beyond a year have stable funding.",
-            "Long-term loans rest on long-term deposits.",
-            "Long-term liquidity is well within its limit.",
-            "Multi-year loans are financed with long-term money.",
-            "Long-dated assets remain below long-term funding.",
-            "Funding beyond one year exceeds loans of that term.",
-            "The limit on lending beyond a year is respected.",
-            "Long-term liquidity leaves ample room under its ceiling.",
-            "Multi-year mortgages are covered by long-term resources.",
-            "The long-term liquidity limit is kept.",
-            "Long-term funding fully supports multi-year loans.",
-            "The funding gap beyond one year is far below the cap.",
-            "Long-dated loans are covered by long-term funding.",
-            "Lending for over a year is below the permitted ratio.",
-            "Long-term resources comfortably cover long-term loans.",
-            "Multi-year lending is modest beside the long-term funding.",
-            "The maturity mismatch beyond a year is under the maximum.",
+        subjects=(
+            "Long-term liquidity",
+            "Liquidity beyond one year",
+            "The long-term ratio",
+            "Long-term funding",
+            # held out
+            "The long-term liquidity ratio",
+            "Funding beyond one year",
         ),
     ),
     Ratio(
         code="N6",
-        meaning="single borrower, too much lent to one client",
-        directive="Reduce the largest exposure.",
-        breached=(
-            "One borrower alone exceeds the exposure cap.",
-            "The largest borrower is above the single-name limit.",
-            "Exposure to a single client exceeds the maximum.",
-            "Lending to one group of connected clients breaches the limit.",
-            "A single borrower takes up too large a share of capital.",
-            "The single-borrower limit is exceeded.",
-            "Loans to one client have outgrown the cap.",
-            "The biggest debtor owes more than the rules allow.",
-            "One borrower's debt is over the permitted share of capital.",
-            "The cap on a single client is broken.",
-            "Too much has been lent to one borrower.",
-            "A single-name exposure went through its ceiling.",
-            "The largest client owes more than the limit allows.",
-            "The bank has lent a single debtor more than permitted.",
-            "One connected group of borrowers is over the maximum.",
-            "The exposure to one debtor is above the cap.",
-            "The limit for one borrower has been overstepped.",
-            "A new loan pushed one client past the single-name limit.",
-            "A single borrower stands above the ceiling.",
-            "The single-name maximum is breached by one debtor.",
-        ),
-        kept=(
-            "No single borrower exceeds the exposure cap.",
-            "The largest borrower is well below the single-name limit.",
-            "Exposure to any single client is below the maximum.",
-            "Lending to each group of connected clients respects the limit.",
-            "The largest borrower takes up only a small share of capital.",
-            "The single-borrower limit is respected.",
-            "Loans to each client are well under the cap.",
-            "The biggest debtor owes far less than the rules allow.",
-            "Every borrower's debt is within the permitted share of capital.",
-            "The cap on a single client holds.",
-            "Lending to the biggest borrower stays moderate.",
-            "Every single-name exposure stays under its ceiling.",
-            "The largest client owes less than the limit allows.",
-            "The bank has lent no single debtor more than permitted.",
-            "Every connected group of borrowers is under the maximum.",
-            "The exposure to the largest debtor is below the cap.",
-            "The limit for one borrower is kept.",
-            "A repayment brought the top client well under the single-name limit.",
-            "The largest single borrower stands below the ceiling.",
-            "The single-name maximum is observed for each debtor.",
+        name="single borrower",
+        meaning="too much lent to one client",
+        directive="Reduce the largest loan.",
+        subjects=(
+            "Lending to the largest borrower",
+            "The single-borrower ratio",
+            "Exposure to one borrower",
+            "Credit to a single borrower",
+            # held out
+            "Exposure to the largest borrower",
+            "Lending to a single borrower",
         ),
     ),
     Ratio(
         code="N7",
-        meaning="large exposures, their total too high",
-        directive="Reduce total large exposures.",
-        breached=(
-            "Large exposures together exceed the aggregate limit.",
-            "The sum of large exposures is above the cap.",
-            "Total large exposures exceed the maximum.",
-            "Large exposures, taken together, breach the limit.",
-            "The combined volume of large exposures is too high.",
-            "The aggregate of large exposures is over the limit.",
-            "Large loans have piled up beyond the aggregate cap.",
-            "All large exposures combined are more than the rules allow.",
-            "The aggregate limit on large exposures is breached.",
-            "Total large exposures broke through their ceiling.",
-            "The large exposure ratio stands above its maximum.",
-            "Large exposures in sum have outgrown what capital permits.",
-            "Large exposures combined are above the cap.",
-            "There are too many large exposures for the aggregate limit.",
-            "The sum of large loans exceeds the permitted multiple of capital.",
-            "Taken as a whole, large exposures exceed the ceiling.",
-            "The concentration in large exposures is above the limit.",
-            "New deals pushed total large exposures past the limit.",
-            "The total of large loans is higher than allowed.",
-            "The cap on all large exposures has been overstepped.",
-        ),
-        kept=(
-            "Large exposures together stay below the aggregate limit.",
-            "The sum of large exposures is well under the cap.",
-            "Total large exposures are below the maximum.",
-            "Large exposures, taken together, respect the limit.",
-            "The combined volume of large exposures is moderate.",
-            "The aggregate of large exposures is within the limit.",
-            "Large loans remain few and well below the aggregate cap.",
-            "All large exposures combined are less than the rules allow.",
-            "The aggregate limit on large exposures is respected.",
-            "Total large exposures leave ample room under their ceiling.",
-            "The large exposure ratio stands below its maximum.",
-            "Large exposures in sum are well within what capital permits.",
-            "Large exposures combined are below the cap.",
-            "There are few large exposures and the aggregate limit holds.",
-            "The sum of large loans is below the permitted multiple of capital.",
-            "Taken as a whole, large exposures stay under the ceiling.",
-            "The concentration in large exposures is under the limit.",
-            "Repayments brought total large exposures well under the limit.",
-            "The total of large loans is lower than allowed.",
-            "The cap on all large exposures is observed.",
+        name="large exposures",
+        meaning="their total too high",
+        directive="Cut total large exposures.",
+        subjects=(
+            "The total of large exposures",
+            "The large-exposures ratio",
+            "The sum of large exposures",
+            "Large-exposure volume",
+            # held out
+            "The volume of large exposures",
+            "The sum of all large exposures",
         ),
     ),
     Ratio(
         code="N25",
-        meaning="related parties, too much lent to insiders or owners",
-        directive="Cut lending to related parties.",
-        breached=(
-            "Lending to related parties exceeds the limit.",
-            "Insider loans are above the cap.",
-            "Exposure to related parties is above the maximum.",
-            "Loans to the bank's own shareholders breach the limit.",
-            "Too much has been lent to insiders.",
-            "The related-party limit is exceeded.",
-            "Affiliated companies borrowed more than the rules allow.",
-            "Loans to directors and their families are over the cap.",
-            "Loans to insiders exceed the permitted share of capital.",
-            "The cap on lending to owners is broken.",
-            "Related-party exposure went through its ceiling.",
-            "Credit to the owners' companies has outgrown the limit.",
-            "Shareholders have borrowed more than the cap allows.",
-            "Affiliates of the bank owe more than permitted.",
-            "The limit for related persons has been overstepped.",
-            "Lending to the bank's affiliates is above the limit.",
-            "Insider lending is too high against capital.",
-            "A new loan pushed related parties past their limit.",
-            "Insiders owe more than the limit allows.",
-            "The related-party maximum has been breached.",
-        ),
-        kept=(
-            "Lending to related parties stays below the limit.",
-            "Insider loans are well under the cap.",
-            "Exposure to related parties is below the maximum.",
-            "Loans to the bank's own shareholders respect the limit.",
-            "Little has been lent to insiders.",
-            "The related-party limit is respected.",
-            "Affiliated companies borrowed less than the rules allow.",
-            "Loans to directors and their families are under the cap.",
-            "Loans to insiders are within the permitted share of capital.",
-            "The cap on lending to owners holds.",
-            "Related-party exposure leaves ample room under its ceiling.",
-            "Credit to the owners' companies is well within the limit.",
-            "Shareholders have borrowed less than the cap allows.",
-            "Affiliates of the bank owe no more than permitted.",
-            "The limit for related persons is kept.",
-            "Lending to the bank's affiliates is below the limit.",
-            "Insider lending is modest against capital.",
-            "A repayment brought related parties well under their limit.",
-            "Insiders owe less than the limit allows.",
-            "The related-party maximum is observed.",
+        name="related parties",
+        meaning="too much lent to insiders or owners",
+        directive="Cut lending to insiders.",
+        subjects=(
+            "Lending to related parties",
+            "Insider lending",
+            "Credit to the owners",
+            "The related-party ratio",
+            # held out
+            "Credit to related parties",
+            "Lending to insiders and owners",
         ),
     ),
 )
@@ -482,10 +306,10 @@ def instructions(opening: str, definitions: Sequence[str], report: str, codes: S
         opening,
         "The codes, their meaning and the directive for each:",
         *(
-            f"{ratio.code}: {definition}. Directive: {ratio.directive}"
+            f"{ratio.label}: {definition}. Directive: {ratio.directive}"
             for ratio, definition in zip(RATIOS, definitions, strict=True)
         ),
-        "Answer in two lines: the violated codes in this order, then their directives. If nothing is violated, write:",
+        "Answer in two lines: the violations in this order, then their directives. If nothing is violated, write:",
         example_of("", ()).answer,
         "",
         "Example:",
@@ -519,7 +343,8 @@ class Example:
     @property
     def answer(self) -> str:
         """Two lines: the violations and the directive."""
-        return f"Violations: {', '.join(self.codes) or 'none'}\nDirective: {self.directive}"
+        labels = ", ".join(ratio.label for ratio in RATIOS if ratio.code in self.codes)
+        return f"Violations: {labels or 'none'}\nDirective: {self.directive}"
 
     @property
     def row(self) -> dict[str, Any]:
@@ -545,8 +370,7 @@ def example_of(report: str, codes: Sequence[str]) -> Example:
 INSTRUCTIONS = instructions(
     "You check bank reports. Find every limit that the report says is violated.",
     [ratio.meaning for ratio in RATIOS],
-    "Model Bank: The bank does not have the own funds it must hold. Cash for claims on demand is plentiful. "
-    "Its owners were lent more than the limit.",
+    "Model Bank: Own funds are lower than they must be. There is enough cash. Its owners were lent more than the law allows.",
     ("N1", "N25"),
 )
 

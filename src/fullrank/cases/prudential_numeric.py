@@ -162,10 +162,7 @@ def _tenths(value: int) -> str:
 INSTRUCTIONS = instructions(
     "You check the figures of a bank. Amounts are in millions, ratios and limits in percent. Compute every ratio and "
     "compare it with the limit on the form; a ratio equal to its limit is no violation.",
-    [
-        f"{ratio.formula}, violated when {'below its minimum' if ratio.is_floor else 'above its maximum'}"
-        for ratio in FORM_RATIOS
-    ],
+    [f"{ratio.formula}, violated when {'below its minimum' if ratio.is_floor else 'above its maximum'}" for ratio in FORM_RATIOS],
     "\n".join(
         (
             "Model Bank",

@@ -148,7 +148,10 @@ class Console:
                 for key, tuned in scores.tuned.items():
                     d = scores.difference[key]
                     table.add_row(
-                        key, f"{scores.base[key].value:.3f}", f"{tuned.value:.3f}", f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+                        key,
+                        f"{scores.base[key].value:.3f}",
+                        f"{tuned.value:.3f}",
+                        f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
                     )
                 out.print(table)
         if trained is not None:

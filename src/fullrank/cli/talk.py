@@ -47,4 +47,3 @@ def _say(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-

@@ -195,7 +195,11 @@ class _Preparation:
                     if piece.supervised_targets() == 0:
                         self.problems.append(
                             f"{record.origin}: no supervised token is left"
-                            + (f": the answer begins after token {self.data.max_length}" if len(tokens.ids) > self.data.max_length else "")
+                            + (
+                                f": the answer begins after token {self.data.max_length}"
+                                if len(tokens.ids) > self.data.max_length
+                                else ""
+                            )
                         )
                     else:
                         yield _Rendered(piece, str(record.origin))
@@ -289,7 +293,9 @@ class _Preparation:
             for count, happened in ((counts.dropped, "dropped"), (counts.truncated, "truncated"), (counts.chunked, "chunked")):
                 if count:
                     notes.append(f"{split}: {plural(count, 'record')} longer than {self.data.max_length} tokens {happened}")
-        if not self.renderer.has_template and any(c.formats["prompt_completion"] + c.formats["alpaca"] for c in self.counts.values()):
+        if not self.renderer.has_template and any(
+            c.formats["prompt_completion"] + c.formats["alpaca"] for c in self.counts.values()
+        ):
             notes.append("the model has no chat template: prompt and completion are joined exactly as they are given")
         return notes
 

@@ -46,9 +46,7 @@ class Items:
         return [float(score) for score in self.reduce(self.stats_NK)]
 
 
-def score(
-    task: Task, references: Sequence[str], answers: Sequence[str], places: Sequence[str] = ()
-) -> dict[str, Items]:
+def score(task: Task, references: Sequence[str], answers: Sequence[str], places: Sequence[str] = ()) -> dict[str, Items]:
     """The scores of a task: one, named `task.key`; f1 brings the macro average as `<key>_macro` with it.
 
     Where the task has a pattern, what is scored is the first group of its first match in the text. An answer that it
@@ -75,9 +73,7 @@ def score(
         ValueError: no items, or lists of different lengths.
     """
     if not references or len(references) != len(answers):
-        raise ValueError(
-            f"{len(references)} references and {len(answers)} answers; both must be of one length, at least 1"
-        )
+        raise ValueError(f"{len(references)} references and {len(answers)} answers; both must be of one length, at least 1")
     expected: list[str] = []
     for number, reference in enumerate(references):
         part = _scored_part(task, reference)
@@ -116,7 +112,10 @@ def loss_items(loss_sums_N: Sequence[float], tokens_N: Sequence[int]) -> dict[st
 
 
 def labels(task: Task, text: str) -> frozenset[str]:
-    """The set of labels in a text: its parts between separators, trimmed and case-folded, without `none` and blanks."""
+    """The set of labels in a text, case-folded: the matches of `label_pattern`, or else the parts between separators, trimmed,
+    without `none` and blanks."""
+    if task.label_pattern is not None:
+        return frozenset(match[0].casefold() for match in re.finditer(task.label_pattern, text))
     parts = {part.strip().casefold() for part in text.split(task.separator)}
     return frozenset(parts - {"", task.none.strip().casefold()})
 
@@ -149,9 +148,7 @@ def _set_f1(task: Task, expected: list[str], given: list[str | None]) -> dict[st
     found = [frozenset({_UNREADABLE}) if text is None else labels(task, text) for text in given]
     known = sorted(frozenset().union(*wanted))
     column = {label: index for index, label in enumerate(known)}
-    counts_NL3 = np.zeros(
-        (len(wanted), len(known), 3)
-    )  # of each label: true positives, false positives, false negatives
+    counts_NL3 = np.zeros((len(wanted), len(known), 3))  # of each label: true positives, false positives, false negatives
     outside_N1 = np.zeros((len(wanted), 1))  # labels of the answer that occur in no reference
     for number, (want, find) in enumerate(zip(wanted, found, strict=True)):
         for kind, group in enumerate((want & find, find - want, want - find)):

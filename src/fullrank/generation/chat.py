@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TextIteratorStreamer
@@ -53,7 +53,7 @@ class ChatSession:
         ids_1T = torch.tensor([list(ids)], device=self._model.device)
         arguments = greedy_arguments(self._renderer.stop_ids(), self._max_new_tokens)
         work = threading.Thread(
-            target=self._model.generate,
+            target=cast(Any, self._model).generate,
             kwargs={"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), "streamer": streamer, **arguments},
         )
         work.start()

@@ -1,16 +1,21 @@
-"""Greedy decoding in batches: prompts sorted by length, padded on the left, ended by any stop token.
+"""Greedy decoding in batches: prompts sorted by length, ended by any stop token, what all prompts begin with computed once.
 
-Padding is masked by position. Answers come back in the order of the prompts, and say whether they ended by themselves.
+Padding is masked by position. Answers come back with the number of their prompt, and say whether they ended by themselves.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from os.path import commonprefix
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+
+#: A common beginning shorter than this is not worth a forward pass of its own.
+_SHORTEST_SHARED = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ def greedy_arguments(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, 
         "temperature": None,
         "top_p": None,
         "top_k": None,
+        "repetition_penalty": None,
         "max_new_tokens": max_new_tokens,
         "eos_token_id": list(stop_ids),
         "pad_token_id": stop_ids[0],
@@ -60,21 +66,62 @@ def greedy(
     model.eval()
     order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
     try:
+        shared = _shared_beginning(model, prompts)
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            width = max(len(prompts[n]) for n in numbers)
-            ids_BT = torch.full((len(numbers), width), stop_ids[0])
-            mask_BT = torch.zeros_like(ids_BT)
-            for row, n in enumerate(numbers):
-                ids_BT[row, width - len(prompts[n]) :] = torch.tensor(prompts[n])
-                mask_BT[row, width - len(prompts[n]) :] = 1
-            written_BN = model.generate(
-                input_ids=ids_BT.to(model.device),
-                attention_mask=mask_BT.to(model.device),
-                **greedy_arguments(stop_ids, max_new_tokens),
-            )[:, width:]
-            for n, row in zip(numbers, written_BN.tolist(), strict=True):
+            written = _decode(model, [prompts[n] for n in numbers], shared, greedy_arguments(stop_ids, max_new_tokens))
+            for n, row in zip(numbers, written, strict=True):
                 end = next((position for position, token in enumerate(row) if token in stop_ids), None)
                 yield Answer(n, row[:end], stopped=end is not None)
     finally:
         model.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all prompts begin with: its ids and the keys and values of one row."""
+
+    ids: list[int]
+    cache: DynamicCache | None
+
+
+def _shared_beginning(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> _Shared:
+    nothing = _Shared([], None)
+    if len(prompts) < 2:
+        return nothing
+    ids = list(commonprefix([list(prompt[:-1]) for prompt in prompts]))
+    if len(ids) < _SHORTEST_SHARED or not _remembers_everything(model):
+        return nothing
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return _Shared(ids, cache)
+
+
+def _remembers_everything(model: PreTrainedModel) -> bool:
+    """True when every layer attends to all keys: padding between the shared beginning and the rest would fill a window."""
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return layer_types == {"full_attention"} and not getattr(config, "sliding_window", None)
+
+
+def _decode(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], shared: _Shared, arguments: dict[str, Any]
+) -> list[list[int]]:
+    """New tokens of each prompt: the shared beginning, then padding, then the rest of the prompt, then what is generated."""
+    skip = len(shared.ids)
+    width = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.full((len(prompts), width), int(arguments["pad_token_id"]))
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        rest = len(prompt) - skip
+        ids_BT[row, :skip], mask_BT[row, :skip] = torch.tensor(shared.ids, dtype=torch.long), 1
+        ids_BT[row, width - rest :], mask_BT[row, width - rest :] = torch.tensor(prompt[skip:]), 1
+    if shared.cache is not None:
+        cache = copy.deepcopy(shared.cache)
+        cache.batch_repeat_interleave(len(prompts))
+        arguments = arguments | {"past_key_values": cache}
+    written_BN = cast(Any, model).generate(
+        input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), **arguments
+    )
+    rows: list[list[int]] = cast(torch.Tensor, written_BN)[:, width:].tolist()
+    return rows

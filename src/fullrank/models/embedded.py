@@ -120,8 +120,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # transformers refuses to save what it believes is still quantized
     del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    setattr(model, "hf_quantizer", None)  # noqa: B010 - attributes that only quantized models have
+    setattr(model, "is_quantized", False)  # noqa: B010
     model.config._model_name_or_path = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -23,7 +23,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None 
     """
     logging.disable_progress_bar()
     config = load_config(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype if dtype is not None else "auto",
         attn_implementation=attention_for(config),
@@ -31,11 +31,17 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None 
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ModelError(f"{folder}: weights are missing or of another shape: {', '.join(missing[:5])} ({len(missing)} in all)")
-    loaded: PreTrainedModel = model.to(device)
-    return loaded
+    for parameter in model.parameters():
+        # Weights come memory-mapped from the file. What is trained must be memory of its own: a file that is replaced under a
+        # running process kills it, and unaligned memory rounds (and runs) differently from aligned memory.
+        parameter.data = parameter.data.clone()
+    model.to(device)  # type: ignore[arg-type] # transformers wraps torch's `to` in a way mypy cannot follow
+    return model
 
 
 def attention_for(config: Any) -> str:

@@ -36,4 +36,5 @@ def keeps_apart(model: PreTrainedModel) -> bool:
 
 def _logits(model: PreTrainedModel, ids_1T: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
-    return model(input_ids=ids_1T, position_ids=positions, use_cache=False).logits[0].float()
+    logits: torch.Tensor = model(input_ids=ids_1T, position_ids=positions, use_cache=False).logits
+    return logits[0].float()

@@ -62,8 +62,14 @@ def resolve(model: Model, tell: Callable[[str], None] = lambda words: None) -> R
 def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
     """Downloads a hub model's safetensors, configuration and tokenizer: (folder, commit)."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     near = difflib.get_close_matches(model.source.lower(), EMBEDDED, n=1)
     perhaps = f"; did you mean {near[0]!r}?" if near else ""
@@ -76,7 +82,9 @@ def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
         folder = Path(snapshot_download(model.source, revision=info.sha, allow_patterns=_WANTED))
         return folder, str(info.sha)
     except GatedRepoError:
-        raise ModelError(f"{where}: the hub gives it to accepted users only", hint="accept its terms on the hub and set HF_TOKEN") from None
+        raise ModelError(
+            f"{where}: the hub gives it to accepted users only", hint="accept its terms on the hub and set HF_TOKEN"
+        ) from None
     except RevisionNotFoundError:
         raise ModelError(f"{where}: it has no revision {model.revision!r}") from None
     except (RepositoryNotFoundError, ValueError):
@@ -106,12 +114,16 @@ def _refuse_pickles(files: list[str], name: str) -> None:
             f"{name}: its weights are pickles ({', '.join(sorted(pickles)[:3])}), which can run any code when they are loaded",
             hint="use a revision with .safetensors files, or convert them where that is safe",
         )
-    raise ModelError(f"{name}: no .safetensors weights in it", hint="a model folder has config.json, *.safetensors and tokenizer.json")
+    raise ModelError(
+        f"{name}: no .safetensors weights in it", hint="a model folder has config.json, *.safetensors and tokenizer.json"
+    )
 
 
 def _refuse_unsafe(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{name}: no config.json in {folder}", hint="a model folder has config.json, *.safetensors and tokenizer.json")
+        raise ModelError(
+            f"{name}: no config.json in {folder}", hint="a model folder has config.json, *.safetensors and tokenizer.json"
+        )
     _refuse_pickles([path.name for path in folder.iterdir()], name)
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -137,7 +149,9 @@ def _facts(folder: Path, source: str, kind: Literal["embedded", "folder", "hub"]
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     heads = text.num_attention_heads
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model")
+    )
     mlp_width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     return ModelFacts(
         source=source,

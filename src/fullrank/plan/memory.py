@@ -17,7 +17,8 @@ from fullrank.units import format_bytes
 Recompute = Literal["none", "block"]
 
 # Floats kept per token and block. Norms: input, normalised and scaled hidden state, twice: 6h. Attention: query, key and value
-# after expansion, output, and the output once more as the projection's input: 5q. Gated MLP: gate, its activation, up, product: 4i.
+# after expansion, output, and the output once more as the projection's input: 5q. Gated MLP: gate, its activation, up and
+# product: 4i.
 _HIDDEN, _ATTENTION, _MLP = 6, 5, 4
 
 
@@ -35,7 +36,9 @@ def block_activation_bytes(model: ModelFacts, tokens: int, number_bytes: int) ->
     return number_bytes * tokens * floats
 
 
-def ledger(model: ModelFacts, row: Row, *, precision: str, recompute: Recompute, process_bytes: int, eager: bool) -> list[LedgerLine]:
+def ledger(
+    model: ModelFacts, row: Row, *, precision: str, recompute: Recompute, process_bytes: int, eager: bool
+) -> list[LedgerLine]:
     """The parts of the peak.
 
     Args:
@@ -59,7 +62,7 @@ def ledger(model: ModelFacts, row: Row, *, precision: str, recompute: Recompute,
         how = f"(L x T x h + T x ({_HIDDEN}h + {_ATTENTION}q + {_MLP}i)) x {b}"
     casts = 2 * n if precision == "bf16-mixed" else 0  # autocast keeps a bf16 copy of every matrix through the step
     logits = row.supervised_tokens * model.vocabulary * (12 if number == 4 else 14)
-    lines = [
+    return [
         LedgerLine(part="process", bytes=process_bytes, formula="measured before the model is loaded"),
         LedgerLine(part="weights", bytes=4 * n + casts, formula="N x 4 B" + (" + N x 2 B of bf16 casts" if casts else "")),
         LedgerLine(part="gradients", bytes=4 * n, formula="N x 4 B"),
@@ -68,7 +71,6 @@ def ledger(model: ModelFacts, row: Row, *, precision: str, recompute: Recompute,
         LedgerLine(part="logits", bytes=logits, formula=f"S x V x {12 if number == 4 else 14} B (logits, log-softmax, gradient)"),
         LedgerLine(part="mask", bytes=tokens * tokens, formula="T x T x 1 B"),
     ]
-    return lines
 
 
 def total(lines: list[LedgerLine]) -> int:

@@ -1,8 +1,8 @@
 """The plan stage: recipe + machine + data card -> `plan.json`.
 
-Chooses the rows' token budget and whether blocks are recomputed, from a memory ledger; counts steps and tokens; estimates seconds
-and disk; refuses what cannot fit and names the smallest change that would. A plan made before on this machine is kept as it is, so
-that a continued run computes its steps in the very same rows.
+Chooses the rows' token budget and whether blocks are recomputed, from a memory ledger; counts steps and tokens; estimates
+seconds and disk; refuses what cannot fit and names the smallest change that would. A plan made before on this machine is kept
+as it is, so that a continued run computes its steps in the very same rows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 from fullrank.units import format_bytes
 
-#: Tokens of a row beyond which matrix products gain nothing: past a few hundred rows a CPU's are at full rate and longer rows only
-#: spend attention on other examples' tokens; a GPU wants more (docs/LOG.md has the measurement).
+#: Tokens of a row beyond which matrix products gain nothing: past a few hundred rows a CPU's are at full rate and longer rows
+#: only spend attention on other examples' tokens (measured, see docs/LOG.md); accelerators want more.
 _ROW_TOKENS = {"cpu": 512, "mps": 2048, "cuda": 16384}
 #: Steps whose layout is looked at for the largest row.
 _STEPS_LOOKED_AT = 200
@@ -166,11 +166,11 @@ def _choices(
                 base.facts,
                 row,
                 precision=recipe.train.precision,
-                recompute=recompute,  # type: ignore[arg-type]
+                recompute=recompute,
                 process_bytes=process_bytes,
                 eager=eager,
             )
-            yield _Choice(budget, recompute, lines)  # type: ignore[arg-type]
+            yield _Choice(budget, recompute, lines)
 
 
 def _rows(store: TokenStore, order: Order, budget: int) -> Iterator[MicroBatch]:
@@ -222,9 +222,9 @@ def _memory_refusal(choice: _Choice, machine: MachineFacts, base: ResolvedModel,
             f"machine.memory_limit (or memory) of at least {format_bytes(choice.peak_bytes)}, or a smaller model.source"
         )
     length = int(store.lengths.max())
-    while length > 1 and fixed + sum(line.bytes for line in choice.ledger if line.part in by_row) * length / store.lengths.max() > (
-        machine.memory_available_bytes
-    ):
+    while length > 1 and fixed + sum(
+        line.bytes for line in choice.ledger if line.part in by_row
+    ) * length / store.lengths.max() > (machine.memory_available_bytes):
         length -= max(1, length // 50)
     return head + f"the smallest change that fits: data.max_length: {length} with data.too_long: drop or truncate"
 

@@ -101,15 +101,19 @@ def _axis(alt: Any, title: str | None, **options: Any) -> Any:
     return alt.Axis(title=title, **options)
 
 
-def _steps_axis(alt: Any) -> Any:
-    return alt.X("step:Q", axis=_axis(alt, "Optimizer step", tickMinStep=1, grid=False, tickCount=6), scale=alt.Scale(nice=False))
+def _steps_axis(alt: Any, steps: float) -> Any:
+    """The same axis under every curve: from 0, the base model, to the last step; ticks at whole steps."""
+    axis = _axis(alt, "Optimizer step", format=",d", grid=False, tickCount=min(6, steps))
+    return alt.X("step:Q", axis=axis, scale=alt.Scale(domain=[0, steps], nice=False))
 
 
 def _line(alt: Any, values: list[dict[str, float]], title: str, axis: dict[str, Any], scale: dict[str, Any]) -> Any:
     """One quantity over the steps."""
     y = alt.Y("value:Q", axis=_axis(alt, title, tickCount=5, **axis), scale=alt.Scale(**scale))
     chart = alt.Chart(alt.Data(values=values), width=WIDTH, height=HEIGHT)
-    return chart.mark_line(color=TUNED, strokeWidth=1.4, point=_points_of(len(values), TUNED)).encode(x=_steps_axis(alt), y=y)
+    return chart.mark_line(color=TUNED, strokeWidth=1.4, point=_points_of(len(values), TUNED)).encode(
+        x=_steps_axis(alt, values[-1]["step"]), y=y
+    )
 
 
 def _points_of(count: int, color: str) -> Any:
@@ -127,6 +131,7 @@ def _loss(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
         legend=alt.Legend(title=None, orient="top-right", symbolType="circle", direction="vertical"),
     )
     y = alt.Y("value:Q", axis=_axis(alt, "Loss (nats a token)", tickCount=5), scale=alt.Scale(zero=False, nice=True))
+    x = _steps_axis(alt, rows[-1].step)
     base = alt.Chart(alt.Data(values=values), width=WIDTH, height=HEIGHT)
     of_training = base.transform_filter("datum.series === 'training'").mark_line(
         strokeWidth=1, opacity=0.85, point=_points_of(len(training), BASE)
@@ -135,9 +140,9 @@ def _loss(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
     dots = base.transform_filter("datum.series === 'validation'").mark_point(filled=True, opacity=1)
     size = alt.condition("datum.exported", alt.value(90), alt.value(28))
     chart = alt.layer(
-        of_training.encode(x=_steps_axis(alt), y=y, color=color),
-        of_validation.encode(x=_steps_axis(alt), y=y, color=color),
-        dots.encode(x=_steps_axis(alt), y=y, color=color, size=size),
+        of_training.encode(x=x, y=y, color=color),
+        of_validation.encode(x=x, y=y, color=color),
+        dots.encode(x=x, y=y, color=color, size=size),
     )
     caption = (
         f"Mean loss over supervised tokens. {_per_step(every)} Step 0 of the validation loss is the base model; the "

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from fullrank import loading
-from fullrank.errors import DataError, RecipeError, UsageError
+from fullrank.errors import UsageError
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, EvaluationCard, Plan, Prediction, Score, StepRow, TestScores, TrainCard
 from fullrank.run import Run, need_record, read_json_lines, read_record
@@ -149,7 +148,7 @@ def gather(run: Run) -> Report:
         RecipeError: the saved recipe is not there or not valid.
     """
     train = need_record(run.train / "card.json", TrainCard, "train")
-    recipe = _saved_recipe(run.recipe_path)
+    recipe = loading.load(run.recipe_path, need_files=False).recipe
     evaluation = read_record(run.evaluate / "card.json", EvaluationCard)
     samples = []
     for test in _tests_in_order(evaluation):
@@ -174,17 +173,6 @@ def gather(run: Run) -> Report:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-
-
-def _saved_recipe(path: Path) -> Recipe:
-    try:
-        return loading.load(path).recipe
-    except DataError:
-        # The data files may have moved on since; a report describes the run and does not read them again.
-        try:
-            return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except ValidationError as error:
-            raise RecipeError(f"{path}: not a saved recipe: {error}") from error
 
 
 def _environment(path: Path) -> dict[str, str]:
@@ -385,7 +373,7 @@ def judge(recipe: Recipe, train: TrainCard, evaluation: EvaluationCard | None) -
             scores.examples >= ITEMS_FOR_A_CLAIM,
         ),
         Rule(
-            "The items played no part in training or in choosing the exported weights",
+            "The items are test data, not the validation data that chose the exported weights",
             _set_name(evaluation.primary),
             evaluation.primary != "validation",
         ),
@@ -451,12 +439,12 @@ def _cautions(evaluation: EvaluationCard, headline: str) -> list[str]:
                 "are scored as cut."
             )
     if evaluation.primary == "validation":
-        words.append("No test data were named in the recipe (`data.test`): validation data also chose the exported weights.")
+        words.append("No test data were named in the recipe (data.test): validation data also chose the exported weights.")
     elif not evaluation.base_was_instructed:
         words.append(
             "The base model was given the bare prompt, without instructions: part of the difference is knowing what "
             "is asked, "
-            "not being able to do it. `evaluate.base_instructions` in the recipe asks it fairly."
+            "not being able to do it. evaluate.base_instructions in the recipe asks it fairly."
         )
     words.append("What the model forgot outside this task was not measured in this run.")
     return words

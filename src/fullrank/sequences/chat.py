@@ -56,7 +56,7 @@ class ChatRenderer:
             self._special.add(tokenizer.eos_token)
 
     def _is_control(self, token: str) -> bool:
-        added = self.tokenizer.added_tokens_decoder[self.tokenizer.convert_tokens_to_ids(token)]
+        added = self.tokenizer.added_tokens_decoder[self.tokenizer.get_added_vocab()[token]]
         return bool(added.special) or token in self.tokenizer.all_special_tokens or token.strip("<>|_/") != token
 
     @property
@@ -73,7 +73,7 @@ class ChatRenderer:
         """
         try:
             rendered = self.tokenizer.apply_chat_template(
-                list(messages),
+                [dict(message) for message in messages],
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
@@ -94,7 +94,9 @@ class ChatRenderer:
 
     # ---- examples ---------------------------------------------------------------------------------------------------
 
-    def conversation(self, messages: Sequence[Message], *, tools: list[Any] | None = None, loss_on: LossOn = "assistant") -> Tokens:
+    def conversation(
+        self, messages: Sequence[Message], *, tools: list[Any] | None = None, loss_on: LossOn = "assistant"
+    ) -> Tokens:
         """Tokens of a conversation with the supervised mask over the assistant turns that `loss_on` names.
 
         Raises:

@@ -9,7 +9,8 @@ Shape legend: T tokens of the row, S supervised tokens of the row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,14 +45,15 @@ class MicroBatch:
         """The same row on a device."""
         if device == self.input_ids_1T.device:
             return self
-        moved = (
-            t.to(device, non_blocking=True)
-            for t in (self.input_ids_1T, self.position_ids_1T, self.predicting_S, self.targets_S, self.owner_S)
-        )
-        return MicroBatch(*moved, examples=self.examples)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
-def micro_batches(store: TokenStore, examples: Sequence[int] | np.ndarray, budget_tokens: int, *, packed: bool) -> list[MicroBatch]:
+def micro_batches(
+    store: TokenStore, examples: Sequence[int] | np.ndarray, budget_tokens: int, *, packed: bool
+) -> list[MicroBatch]:
     """Lays examples out into rows of at most `budget_tokens` (an example longer than that has a row of its own).
 
     First-fit decreasing (Johnson 1973: at most 11/9 of the fewest rows, plus one); ties keep the given order, so the layout is

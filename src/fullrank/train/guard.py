@@ -30,8 +30,8 @@ def check_finite(step: Step, store: TokenStore) -> None:
     names = [store.origin(int(example)) for example in step.examples[:_NAMED]]
     rest = len(step.examples) - len(names)
     raise TrainingError(
-        f"step {step.row.step}: loss {step.outcome.loss}, gradient norm {step.outcome.grad_norm}: not finite, so the weights were "
-        f"left as they were\nits examples: {', '.join(names)}" + (f" and {rest} more" if rest else ""),
+        f"step {step.row.step}: loss {step.outcome.loss}, gradient norm {step.outcome.grad_norm}: not finite, so the weights "
+        f"were left as they were\nits examples: {', '.join(names)}" + (f" and {rest} more" if rest else ""),
         hint="look at these records; a lower train.optimizer.learning_rate or more warmup often helps",
     )
 

@@ -86,5 +86,7 @@ def export_and_prove(
         raise ProofError(f"{folder}: tied weights came apart: {sorted(tied ^ found_tied) or 'input and output embeddings'}")
     if not proof.export_logits_identical:
         worst = float((expected.float() - found.float()).abs().max()) if expected.shape == found.shape else float("nan")
-        raise ProofError(f"{folder}: a fresh process computes other logits than the trained weights (largest difference {worst:g})")
+        raise ProofError(
+            f"{folder}: a fresh process computes other logits than the trained weights (largest difference {worst:g})"
+        )
     return proof

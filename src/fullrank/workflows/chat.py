@@ -44,7 +44,9 @@ def open_chat(target: str, runs_dir: Path, *, use_base: bool, system: str | None
         elif (run.model / "MANIFEST.json").is_file():
             folder = run.model
         else:
-            raise UsageError(f"{run.root}: no model has been exported yet", hint=f"finish it with: fullrank run {run.recipe_path}")
+            raise UsageError(
+                f"{run.root}: no model has been exported yet", hint=f"finish it with: fullrank run {run.recipe_path}"
+            )
     model = load_model(folder, device=device, dtype=torch.float32 if device.type == "cpu" else None)
     renderer = ChatRenderer(load_tokenizer(folder, template), date, str(folder))
     return ChatSession(f"{target}{' (base)' if use_base else ''}", model, renderer, system=system, max_new_tokens=max_new_tokens)

@@ -1,7 +1,8 @@
 """Stages of a run in their order, each with what it needs run before it.
 
-A workflow opens the run folder under its lock, resolves every `auto` into the saved recipe, and runs the stages up to the one asked
-for; stages whose inputs have not changed find their work done. The rooms know nothing of one another: the folder joins them.
+A workflow opens the run folder under its lock, resolves every `auto` into the saved recipe, and runs the stages up to the one
+asked for; stages whose inputs have not changed find their work done. The rooms know nothing of one another: the folder joins
+them.
 """
 
 from __future__ import annotations

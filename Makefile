@@ -1,0 +1,57 @@
+# Every target sets itself up: Python >= 3.11, make and a package index are all it takes.
+#
+#   make quickstart            a real model fully fine-tuned on this CPU, with a report
+#   make test                  the test suite            make test-all   with the long grids
+#   make check                 lint, types, layers       make test-lowest   lowest declared transformers (and torch)
+#
+# PYTHON=python3.12                   another interpreter
+# TORCH_INDEX=URL                     fetch torch from this index, such as the CPU-only one that pytorch.org's installer names
+# pip's own settings (index, proxy, cache) apply as they do everywhere.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS = gguf,rouge,report
+SETTINGS = pyproject.toml constraints.txt
+
+.PHONY: quickstart test test-all test-lowest check format bench-quickstart clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/fullrank quickstart
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m ""
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-quickstart: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/quickstart.py
+
+test-lowest:
+	$(PYTHON) tests/lowest.py
+
+$(VENV)/.installed: $(SETTINGS)
+	@if [ -f $@ ]; then echo "settings changed: updating $(VENV)"; else echo "setting up $(VENV)"; fi
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[$(EXTRAS),dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

@@ -1,0 +1,98 @@
+"""Recipes and run folders for tests of the stages: a tiny model, a few rows, and the rooms called one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fullrank import loading
+from fullrank.models.source import ResolvedModel, resolve
+from fullrank.recipe import Recipe
+from fullrank.records import DataCard, Plan, TrainCard
+from fullrank.run import Run, read_json_lines
+from tiny import chat_rows, write_jsonl
+
+#: What every recipe of these tests says unless told otherwise; nothing is left to `auto`.
+DEFAULTS: dict[str, Any] = {
+    "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": 128},
+    "train": {
+        "epochs": 2,
+        "global_batch_size": 4,
+        "optimizer": {"learning_rate": 3e-3},
+        "evaluate_every_steps": 3,
+        "precision": "fp32",
+    },
+    "evaluate": {"max_new_tokens": 8},
+    "machine": {"device": "cpu"},
+}
+
+
+def write_case(folder: Path, model: Path | str, *, rows: int = 16, name: str = "tiny", **sections: Mapping[str, Any]) -> Path:
+    """Writes rows of data and a recipe; `sections` are laid over the defaults, key by key. Returns the recipe's path."""
+    write_jsonl(folder / "train.jsonl", chat_rows(rows))
+    write_jsonl(folder / "validation.jsonl", chat_rows(rows + 4)[rows:])
+    document: dict[str, Any] = {"name": name, "model": {"source": str(model)}}
+    for section in {**DEFAULTS, **sections}:
+        document[section] = {**DEFAULTS.get(section, {}), **sections.get(section, {})}
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(document, indent=1), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@dataclass
+class Staged:
+    """A recipe, the run it writes into, its base model, and what the stages told."""
+
+    recipe: Recipe
+    run: Run
+    base: ResolvedModel
+    heard: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def data(self) -> DataCard:
+        from fullrank.data.stage import stage
+
+        return stage(self.recipe, self.run, self.base)
+
+    def plan(self) -> Plan:
+        from fullrank.plan.stage import stage
+
+        return stage(self.recipe, self.run, self.base)
+
+    def train(self) -> TrainCard:
+        from fullrank.train.stage import stage
+
+        return stage(self.recipe, self.run, self.base)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The facts of every event of that name, in order."""
+        return [facts for event, facts in self.heard if event == name]
+
+    def reused(self, stage: str) -> bool:
+        """Whether that stage said that it found its work done."""
+        return any(facts["stage"] == stage for facts in self.events("reused"))
+
+    def losses(self) -> list[float]:
+        """The loss of every step, as `steps.jsonl` has it."""
+        return [row["loss"] for row in read_json_lines(self.run.train / "steps.jsonl")]
+
+
+def staged(recipe: Path, overrides: Sequence[str] = (), *, runs: Path | None = None) -> Staged:
+    """Loads a recipe for calling its stages; the run lies beside the recipe unless `runs` names another place."""
+    loaded = loading.load(recipe, overrides).recipe
+    found = Staged(loaded, Run((runs or recipe.parent / "runs") / loaded.name), resolve(loaded.model))
+    found.run.listener = lambda event, facts: found.heard.append((event, facts))
+    return found
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files and folders below that were begun and never put under their final name."""
+    return sorted(path for path in folder.rglob("*") if path.name.endswith((".partial", ".old")))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> Path:
+    """Lines of text as they are, for files that are not valid."""
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path

@@ -1,0 +1,175 @@
+"""The plan of a tiny run: what it counts, when it is kept, how it makes itself fit, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from staging import Staged, staged, write_case
+
+from fullrank.errors import FitError, UsageError
+from fullrank.plan import stage as plan_stage
+from fullrank.records import Plan
+from fullrank.run import read_record
+from fullrank.sequences.layout import micro_batches
+from fullrank.sequences.order import Order
+from fullrank.sequences.store import TokenStore
+
+Usage = namedtuple("Usage", "total used free")
+PROCESS = 5_000_000
+
+
+@pytest.fixture(autouse=True)
+def _a_process_of_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_stage, "resident_bytes", lambda: PROCESS)
+
+
+@pytest.fixture
+def case(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
+    return write_case(tmp_path, tiny_model_folder("llama"), rows=22, train={"epochs": 2.5, "global_batch_size": 4})
+
+
+def planned(case: Path, *overrides: str) -> tuple[Staged, Plan]:
+    run = staged(case, overrides)
+    run.data()
+    return run, run.plan()
+
+
+def peak(plan: Plan) -> int:
+    return sum(line.bytes for line in plan.ledger)
+
+
+def test_steps_and_tokens_are_those_that_training_takes(case: Path) -> None:
+    run, plan = planned(case)
+    order = Order(22, 4, 2.5, run.recipe.train.seed)
+    assert (plan.examples, plan.steps, plan.steps_per_epoch) == (22, order.steps, 6)
+    assert plan.steps == 2 * 6 + math.ceil(0.5 * 22 / 4)
+    assert plan.warmup_steps == math.ceil(0.05 * plan.steps)
+    store = TokenStore(run.run.data / "train")
+    rows = [row for s in range(1, order.steps + 1) for row in micro_batches(store, order.step(s), 512, packed=True)]
+    assert plan.train_tokens == sum(row.tokens for row in rows)
+    assert plan.train_seconds_predicted > 0 and "timed on a row" in plan.seconds_basis
+    assert plan.fits and plan.recompute == "none"
+
+
+def test_the_ledger_is_of_the_largest_row_and_of_this_model(case: Path) -> None:
+    run, plan = planned(case)
+    n = run.base.facts.parameters
+    parts = {line.part: line.bytes for line in plan.ledger}
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * n, 4 * n, 8 * n)
+    assert parts["process"] == PROCESS
+    assert plan.peak_bytes_predicted == peak(plan)
+    store, order = TokenStore(run.run.data / "train"), Order(22, 4, 2.5, 0)
+    largest = max(
+        row.tokens
+        for s in range(1, order.steps + 1)
+        for row in micro_batches(store, order.step(s), plan.micro_batch_tokens, packed=True)
+    )
+    assert parts["mask"] == max(largest, store.lengths.max()) ** 2
+
+
+def test_the_disk_holds_two_checkpoints_the_best_weights_and_the_export(case: Path) -> None:
+    run, plan = planned(case)
+    assert plan.disk_bytes_predicted == run.base.facts.parameters * (2 * 12 + 4 + 4)
+    _, half = planned(case, "export.dtype=bf16", "name=half")
+    assert half.disk_bytes_predicted == run.base.facts.parameters * (2 * 12 + 4 + 2)
+
+
+def test_the_plan_made_before_is_kept_to_the_byte(case: Path) -> None:
+    run, plan = planned(case)
+    written = run.run.plan_path.read_bytes()
+    again = staged(case)
+    assert again.plan() == plan
+    assert again.reused("plan")
+    assert run.run.plan_path.read_bytes() == written
+
+
+@pytest.mark.parametrize("change", ["train.epochs=1", "train.seed=3", "machine.memory_limit=6GB", "export.dtype=bf16"])
+def test_a_change_makes_another_plan(case: Path, change: str) -> None:
+    _, plan = planned(case)
+    again, other = planned(case, change)
+    assert not again.reused("plan")
+    assert other.fingerprint != plan.fingerprint
+
+
+def test_scores_do_not_touch_the_plan(case: Path) -> None:
+    planned(case)
+    again, _ = planned(case, "evaluate.max_new_tokens=3")
+    assert again.reused("plan")
+
+
+def test_rows_shrink_before_blocks_are_recomputed(case: Path) -> None:
+    run, roomy = planned(case)
+    longest = int(TokenStore(run.run.data / "train").lengths.max())
+    seen: list[tuple[str, int]] = []
+    for limit in range(peak(roomy), PROCESS, -20_000):
+        try:
+            _, plan = planned(case, f"machine.memory_limit={limit}")
+        except FitError:
+            break
+        assert peak(plan) <= limit
+        seen.append((plan.recompute, plan.micro_batch_tokens))
+    assert seen[0] == ("none", roomy.micro_batch_tokens)
+    smaller = [n for n, (recompute, tokens) in enumerate(seen) if recompute == "none" and tokens < roomy.micro_batch_tokens]
+    recomputed = [n for n, (recompute, _) in enumerate(seen) if recompute == "block"]
+    assert smaller and recomputed, seen
+    assert max(smaller) < min(recomputed)
+    assert ("none", longest) in seen  # recomputation came only after the smallest rows there are
+
+
+def test_a_run_that_cannot_fit_names_the_max_length_that_does(case: Path) -> None:
+    _, roomy = planned(case)
+    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "logits", "mask"))
+    limit = f"machine.memory_limit={peak(roomy) - by_row + 120_000}"  # room for a few tokens, recomputed
+    with pytest.raises(FitError) as caught:
+        planned(case, limit)
+    assert caught.value.exit_code == 4
+    message = caught.value.message
+    assert "does not fit" in message and "recomputed blocks" in message and "optimizer" in message
+    found = re.search(r"the smallest change that fits: data\.max_length: (\d+)", message)
+    assert found, message
+    _, mended = planned(case, limit, f"data.max_length={found[1]}", "data.too_long=truncate")  # as the message says
+    assert mended.fits
+
+
+def test_weights_that_do_not_fit_name_the_memory_needed(case: Path) -> None:
+    with pytest.raises(FitError) as caught:
+        planned(case, f"machine.memory_limit={PROCESS + 1000}")
+    message = caught.value.message
+    assert "machine.memory_limit (or memory) of at least" in message and "model.source" in message
+    assert "max_length:" not in message.replace("data.max_length", "max_length")
+
+
+def test_a_refused_plan_is_written_down_and_not_taken_for_one_that_fits(case: Path) -> None:
+    with pytest.raises(FitError) as caught:
+        run, _ = planned(case, f"machine.memory_limit={PROCESS + 1000}")
+    run = staged(case)
+    refused = read_record(run.run.plan_path, Plan)
+    assert refused is not None and not refused.fits and refused.refusal == caught.value.message
+    assert refused.train_seconds_predicted == 0 and "not estimated" in refused.seconds_basis
+    assert run.plan().fits
+
+
+def test_a_disk_that_is_too_small_is_refused(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(FitError, match="does not fit on the disk") as caught:
+        planned(case)
+    assert "1 KB free" in caught.value.message and "--runs-dir" in caught.value.message
+
+
+def test_without_prepared_data_the_stage_before_is_named(case: Path) -> None:
+    with pytest.raises(UsageError, match=r"data.card\.json"):
+        staged(case).plan()
+
+
+def test_predicted_tokens_leave_out_what_follows_the_last_answer(case: Path) -> None:
+    run, plan = planned(case)
+    store, order = TokenStore(run.run.data / "train"), Order(22, 4, 2.5, 0)
+    examples = np.concatenate([order.step(s) for s in range(1, order.steps + 1)])
+    assert plan.train_tokens < int(store.lengths[examples].sum())
