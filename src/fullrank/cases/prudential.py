@@ -136,7 +136,7 @@ KEPT: tuple[str, ...] = (
     "complies with its limit",
 )
 
-#: Every ratio of the case, in the order in which answers name them.
+#: Every ratio of the case.
 RATIOS: tuple[Ratio, ...] = (
     Ratio(
         code="N1",
@@ -246,6 +246,7 @@ RATIOS: tuple[Ratio, ...] = (
 )
 
 CODES: tuple[str, ...] = tuple(ratio.code for ratio in RATIOS)
+BY_CODE: Mapping[str, Ratio] = {ratio.code: ratio for ratio in RATIOS}
 
 # fmt: off
 BANKS: tuple[str, ...] = (
@@ -309,16 +310,16 @@ def instructions(opening: str, definitions: Sequence[str], report: str, codes: S
             f"{ratio.label}: {definition}. Directive: {ratio.directive}"
             for ratio, definition in zip(RATIOS, definitions, strict=True)
         ),
-        "Answer in two lines: the violations in this order, then their directives. If nothing is violated, write:",
+        "Answer in two lines: the violations in the order of the report, then their directives. If nothing is violated, write:",
         example_of("", ()).answer,
         "",
         "Example:",
         report,
         example_of("", codes).answer,
         "",
-        "Now the report to check:",
+        "Report:",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ class Example:
 
     Attributes:
         report: the text of the report.
-        codes: the violated codes, in the order of `CODES`; empty for a clean report.
+        codes: the violated codes, in the order in which the report comes to them; empty for a clean report.
         directive: what the bank must do.
     """
 
@@ -343,7 +344,7 @@ class Example:
     @property
     def answer(self) -> str:
         """Two lines: the violations and the directive."""
-        labels = ", ".join(ratio.label for ratio in RATIOS if ratio.code in self.codes)
+        labels = ", ".join(BY_CODE[code].label for code in self.codes)
         return f"Violations: {labels or 'none'}\nDirective: {self.directive}"
 
     @property
@@ -360,8 +361,8 @@ class Example:
 
 
 def example_of(report: str, codes: Sequence[str]) -> Example:
-    """The example of a report that violates these codes, with codes and directive in the fixed order."""
-    violated = [ratio for ratio in RATIOS if ratio.code in codes]
+    """The example of a report that violates these codes, named in the order given, which is the report's."""
+    violated = [BY_CODE[code] for code in codes]
     directive = " ".join(ratio.directive for ratio in violated) or NO_ACTION
     return Example(report, tuple(ratio.code for ratio in violated), directive)
 
@@ -427,13 +428,14 @@ def generate(count: int, *, seed: int, wordings: Wordings, exclude: Set[str] = f
         breaches = breach_counts.draw()
         mentioned = shuffled(rng, CODES)[: breaches + integer(rng, *KEPT_COUNTS[breaches])]
         violated = mentioned[:breaches]
-        sentences = [(breached if code in violated else kept)[code].draw() for code in mentioned]
-        if rng.random() < ASIDE_RATIO and len(sentences) < 4:
-            sentences.append(asides.draw())
-        report = f"{banks.draw()}: {' '.join(shuffled(rng, sentences))}"
+        statements = [(code, (breached if code in violated else kept)[code].draw()) for code in mentioned]
+        if rng.random() < ASIDE_RATIO and len(statements) < 4:
+            statements.append(("", asides.draw()))
+        statements = shuffled(rng, statements)
+        report = f"{banks.draw()}: {' '.join(sentence for _, sentence in statements)}"
         if report not in known:
             known.add(report)
-            examples.append(example_of(report, violated))
+            examples.append(example_of(report, [code for code, _ in statements if code in violated]))
     return examples
 
 

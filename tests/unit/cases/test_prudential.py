@@ -39,7 +39,7 @@ FILES = {
     "unseen_wordings": "unseen_wordings.jsonl",
 }
 #: SHA-256 of the four files of seed 0, one after the other; a change here changes every published score of the case.
-GOLDEN = "PENDING"
+GOLDEN = "45438f7681e27527b059a86ae59b974a3a15b4ed7df3d8dd1dfcdc9ce1e98d58"
 
 #: Every statement about a ratio: sentence -> (code, state, whether it is held out).
 STATEMENTS = {
@@ -121,7 +121,7 @@ def test_labels_follow_from_the_sentences(splits: dict[str, list[dict[str, Any]]
         statements = [STATEMENTS[sentence] for sentence in sentences(row) if sentence not in ASIDES]
         mentioned = [code for code, _, _ in statements]
         assert len(set(mentioned)) == len(mentioned), "one statement a ratio"
-        assert set(row["labels"]) == {code for code, state, _ in statements if state == "breached"}
+        assert row["labels"] == [code for code, state, _ in statements if state == "breached"], "in the order of the report"
         assert 2 <= len(sentences(row)) <= 4
 
 
@@ -131,9 +131,9 @@ def test_answers_parse_back(splits: dict[str, list[dict[str, Any]]]) -> None:
         labels, directive = (re.search(pattern, answer(row)) for pattern in (LABELS_PATTERN, DIRECTIVE_PATTERN))
         assert labels and directive
         codes = re.findall(CODE_PATTERN, labels[1])
-        assert codes == row["labels"] == [code for code in CODES if code in codes]
+        assert codes == row["labels"]
         assert directive[1] == (" ".join(directives[code] for code in codes) or NO_ACTION)
-        names = [ratio.label for ratio in RATIOS if ratio.code in codes]
+        names = [ratio.label for code in codes for ratio in RATIOS if ratio.code == code]
         assert answer(row) == f"Violations: {', '.join(names) or 'none'}\n{directive[0]}"
 
 

@@ -15,6 +15,7 @@ from staging import Staged, staged, write_case
 
 from fullrank.errors import FitError, UsageError
 from fullrank.plan import stage as plan_stage
+from fullrank.plan.speed import Speed
 from fullrank.records import Plan
 from fullrank.run import read_record
 from fullrank.sequences.layout import micro_batches
@@ -25,9 +26,13 @@ Usage = namedtuple("Usage", "total used free")
 PROCESS = 5_000_000
 
 
+SPEED = Speed(forward_per_token=1e-3, forward_backward_per_token=3e-3, optimizer_step=0.5, basis="a stated speed")
+
+
 @pytest.fixture(autouse=True)
-def _a_process_of_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def _a_process_and_a_speed_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_stage, "resident_bytes", lambda: PROCESS)
+    monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: SPEED)
 
 
 @pytest.fixture
@@ -54,7 +59,10 @@ def test_steps_and_tokens_are_those_that_training_takes(case: Path) -> None:
     store = TokenStore(run.run.data / "train")
     rows = [row for s in range(1, order.steps + 1) for row in micro_batches(store, order.step(s), 512, packed=True)]
     assert plan.train_tokens == sum(row.tokens for row in rows)
-    assert plan.train_seconds_predicted > 0 and "timed on a row" in plan.seconds_basis
+    validations = 1 + math.ceil(order.steps / 3)
+    held = int(TokenStore(run.run.data / "validation").lengths.sum())
+    by_hand = plan.train_tokens * 3e-3 + order.steps * 0.5 + validations * held * 1e-3
+    assert plan.train_seconds_predicted == pytest.approx(by_hand) and plan.seconds_basis == "a stated speed"
     assert plan.fits and plan.recompute == "none"
 
 
@@ -107,8 +115,9 @@ def test_scores_do_not_touch_the_plan(case: Path) -> None:
 def test_rows_shrink_before_blocks_are_recomputed(case: Path) -> None:
     run, roomy = planned(case)
     longest = int(TokenStore(run.run.data / "train").lengths.max())
+    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "logits", "mask"))
     seen: list[tuple[str, int]] = []
-    for limit in range(peak(roomy), PROCESS, -20_000):
+    for limit in range(peak(roomy), peak(roomy) - by_row, -by_row // 24):
         try:
             _, plan = planned(case, f"machine.memory_limit={limit}")
         except FitError:
@@ -124,17 +133,18 @@ def test_rows_shrink_before_blocks_are_recomputed(case: Path) -> None:
 
 
 def test_a_run_that_cannot_fit_names_the_max_length_that_does(case: Path) -> None:
-    _, roomy = planned(case)
+    every_token = "data.loss_on=all"  # so that a shorter example has something to learn, wherever it is cut
+    _, roomy = planned(case, every_token)
     by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "logits", "mask"))
     limit = f"machine.memory_limit={peak(roomy) - by_row + 120_000}"  # room for a few tokens, recomputed
     with pytest.raises(FitError) as caught:
-        planned(case, limit)
+        planned(case, limit, every_token)
     assert caught.value.exit_code == 4
     message = caught.value.message
     assert "does not fit" in message and "recomputed blocks" in message and "optimizer" in message
     found = re.search(r"the smallest change that fits: data\.max_length: (\d+)", message)
     assert found, message
-    _, mended = planned(case, limit, f"data.max_length={found[1]}", "data.too_long=truncate")  # as the message says
+    _, mended = planned(case, limit, every_token, f"data.max_length={found[1]}", "data.too_long=truncate")  # as the message says
     assert mended.fits
 
 
