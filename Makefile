@@ -18,6 +18,7 @@ SETTINGS = pyproject.toml constraints.txt
 .PHONY: quickstart test test-all test-lowest check format bench-quickstart clean
 
 quickstart: $(VENV)/.installed
+	@echo "environment: $(VENV)"
 	$(BIN)/fullrank quickstart
 
 test: $(VENV)/.installed-dev

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tiny import chat_rows, write_jsonl
+
 from fullrank import loading
 from fullrank.models.source import ResolvedModel, resolve
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, Plan, TrainCard
 from fullrank.run import Run, read_json_lines
-from tiny import chat_rows, write_jsonl
 
 #: What every recipe of these tests says unless told otherwise; nothing is left to `auto`.
 DEFAULTS: dict[str, Any] = {

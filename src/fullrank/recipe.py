@@ -48,6 +48,8 @@ class Source(Section):
     """A .jsonl, .json, .csv or .parquet file; relative to the recipe's folder, then to the working directory."""
     hub: str | None = None
     """A hub dataset id, read through the `hub` extra."""
+    config: str | None = None
+    """The configuration of a hub dataset that has several, such as `main`."""
     split: str = "train"
     """The split of a hub dataset."""
     limit: int | None = Field(default=None, ge=1)
@@ -229,7 +231,7 @@ class Evaluate(Section):
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest generated answer."""
     base_instructions: str | None = None
-    """Text put before each prompt when the *base* model is asked, so that it is asked fairly."""
+    """What the *base* model is told, so that it is asked fairly: text before each prompt, or around it where it says {prompt}."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first `limit` records of each test set."""
 
@@ -240,6 +242,9 @@ class Evaluate(Section):
         repeated = sorted({key for key in keys if keys.count(key) > 1})
         if repeated:
             raise ValueError(f"two scores are named {repeated[0]!r}; give each task a `name` of its own")
+        taken = sorted({"validation_loss", "perplexity"} & set(keys))
+        if taken:
+            raise ValueError(f"{taken[0]!r} is the name of a score that every run has; give the task another `name`")
         return tasks
 
 

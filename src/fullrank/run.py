@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -127,15 +128,18 @@ def naming_disk_trouble(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors writes in Rust and tells the operating system's number only in its words: "... (os error 28)"
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise FitError(
                 f"{path}: the disk is full; nothing half-written was left under a final name",
                 hint="free some space and type the same command: it continues from what is complete",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(f"{path}: no permission to write here", hint="choose another place with --runs-dir") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST) and not path.is_dir():
+        if number in (errno.ENOTDIR, errno.EEXIST) and not path.is_dir():
             raise UsageError(
                 f"{path}: a file stands where a folder is needed", hint="choose another place with --runs-dir"
             ) from error

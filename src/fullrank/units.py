@@ -50,7 +50,7 @@ def format_count(count: int) -> str:
     if abs(count) < 10_000:
         return f"{count:,}"
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if abs(count) >= size:
+        if abs(count) >= 0.99995 * size:  # 999,999 is 1.0M, not 1000.0k
             return f"{count / size:.1f}{unit}"
     raise AssertionError("unreachable: counts of ten thousand and more have a unit")
 

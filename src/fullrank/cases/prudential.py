@@ -318,6 +318,9 @@ def instructions(opening: str, definitions: Sequence[str], report: str, codes: S
         example_of("", codes).answer,
         "",
         "Report:",
+        "{prompt}",
+        "",
+        "Which limits are violated? Answer in the two lines, as in the example.",
     ]
     return "\n".join(lines)
 

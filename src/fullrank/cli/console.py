@@ -157,7 +157,8 @@ class Console:
         if trained is not None:
             p = trained.proof
             out.print(
-                f"{p.changed_tensors} of {p.trainable_tensors} tensors changed; a fresh process reproduces the export's logits exactly",
+                f"{p.changed_tensors} of {p.trainable_tensors} tensors changed; "
+                "a fresh process reproduces the export's logits exactly",
                 soft_wrap=True,
             )
         for words, path in (
@@ -193,7 +194,8 @@ def plan_text(plan: Plan) -> str:
         f"  rows of {plan.micro_batch_tokens} tokens"
         + (", blocks recomputed in the backward pass" if plan.recompute == "block" else ""),
         *(f"  {line.part:<12}{format_bytes(line.bytes):>9}   {line.formula}" for line in plan.ledger),
-        f"  {'peak':<12}{format_bytes(plan.peak_bytes_predicted):>9}   of {format_bytes(plan.machine.memory_available_bytes)} usable",
+        f"  {'peak':<12}{format_bytes(plan.peak_bytes_predicted):>9}   "
+        f"of {format_bytes(plan.machine.memory_available_bytes)} usable",
         f"  disk {format_bytes(plan.disk_bytes_predicted)} of {format_bytes(plan.machine.disk_free_bytes)} free; "
         f"training about {train}",
     ]

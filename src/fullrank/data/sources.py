@@ -92,7 +92,7 @@ def digest(source: Source) -> str:
         DataError: the file is missing or cannot be read, or the hub dataset cannot be loaded.
     """
     if source.path is None:
-        return fingerprint("hub", source.hub, source.split, _load_hub(source)._fingerprint, source.limit)
+        return fingerprint("hub", source.hub, source.config, source.split, _load_hub(source)._fingerprint, source.limit)
     path = _existing_file(source.path)
     try:
         return fingerprint("file", path.suffix.lower(), file_digest(path), source.limit)
@@ -303,7 +303,7 @@ def _load_hub(source: Source) -> Any:
     except ImportError:
         raise missing_extra("datasets", "hub", f"the hub dataset {source.hub}") from None
     try:
-        return datasets.load_dataset(source.hub, split=source.split, streaming=False)
+        return datasets.load_dataset(source.hub, source.config, split=source.split, streaming=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(

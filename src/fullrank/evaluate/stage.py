@@ -182,7 +182,7 @@ class _Evaluation:
     def _prompt(self, item: TestItem, who: Who) -> str:
         instructions = self.recipe.evaluate.base_instructions if who == "base" else None
         if item.messages is None:
-            return f"{instructions}\n\n{item.prompt}" if instructions else item.prompt or ""
+            return _with_instructions(item.prompt or "", instructions)
         return self.renderer.prompt(_instructed(item.messages, instructions), tools=item.tools)
 
     def _prompt_ids(self, item: TestItem, prompt: str) -> list[int]:
@@ -192,11 +192,17 @@ class _Evaluation:
 
 
 def _instructed(messages: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
-    """The conversation with instructions before its last user turn: every template takes a user turn."""
+    """The conversation with instructions in its last user turn: every template takes a user turn."""
     if not instructions:
         return messages
     last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
         return messages
-    changed = {**messages[last], "content": f"{instructions}\n\n{messages[last]['content']}"}
+    changed = {**messages[last], "content": _with_instructions(messages[last]["content"], instructions)}
     return [*messages[:last], changed, *messages[last + 1 :]]
+
+
+def _with_instructions(prompt: str, instructions: str | None) -> str:
+    if not instructions:
+        return prompt
+    return instructions.replace("{prompt}", prompt) if "{prompt}" in instructions else f"{instructions}\n\n{prompt}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, cast
 
 import torch
@@ -89,12 +88,20 @@ def _shared_beginning(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) 
     nothing = _Shared([], None)
     if len(prompts) < 2:
         return nothing
-    ids = list(commonprefix([list(prompt[:-1]) for prompt in prompts]))
+    first, *others = (prompt[:-1] for prompt in prompts)
+    length = min(_common(first, other) for other in others)
+    ids = list(first[:length])
     if len(ids) < _SHORTEST_SHARED or not _remembers_everything(model):
         return nothing
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return _Shared(ids, cache)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two prompts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _remembers_everything(model: PreTrainedModel) -> bool:

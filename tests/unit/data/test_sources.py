@@ -270,7 +270,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, bool]]:
     package: Any = types.ModuleType("datasets")
     package.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
 
-    def load_dataset(name: str, *, split: str, streaming: bool) -> _Split:
+    def load_dataset(name: str, config: str | None = None, *, split: str, streaming: bool) -> _Split:
         asked.append((name, split, streaming))
         if split == "missing":
             raise ValueError("Unknown split \"missing\".\nShould be one of ['train'].")

@@ -12,9 +12,9 @@ import pytest
 from staging import Staged, leftovers, staged, write_case, write_lines
 from tiny import CHATML, chat_rows, write_jsonl
 
+from fullrank import records
 from fullrank.errors import DataError, UsageError
 from fullrank.models.load import load_tokenizer
-from fullrank.records import TestItem
 from fullrank.run import read_json_lines
 from fullrank.sequences.order import held_out
 from fullrank.sequences.store import TokenStore
@@ -89,7 +89,7 @@ def test_test_sets_keep_the_conversation_before_the_answer(case: Path) -> None:
     run = staged(case, ["data.test={seen: seen.jsonl, pairs: pairs.jsonl}"])
     card = run.data()
     assert {name: test.examples for name, test in card.tests.items()} == {"seen": 3, "pairs": 1}
-    items = [TestItem.model_validate(line) for line in read_json_lines(run.run.data / "tests" / "seen.jsonl")]
+    items = [records.TestItem.model_validate(line) for line in read_json_lines(run.run.data / "tests" / "seen.jsonl")]
     assert [item.id for item in items] == [f"{folder / 'seen.jsonl'}:{line}" for line in (1, 2, 3)]
     messages = chat_rows(3)[0]["messages"]  # two exchanges: the last answer is the one to compare with
     assert items[0].messages == messages[:-1] and items[0].reference == messages[-1]["content"]
@@ -154,9 +154,7 @@ def test_bad_json_does_not_hide_the_bad_records_before_it(case: Path) -> None:
     assert f"{path}:1: " in message and f"{path}:3: not valid JSON" in message
 
 
-def test_a_model_without_a_template_names_the_key_that_gives_one(
-    tmp_path: Path, tiny_model_folder: Callable[..., Path]
-) -> None:
+def test_a_model_without_a_template_names_the_key_that_gives_one(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
     case = write_case(tmp_path, tiny_model_folder("llama", chat_template=None))
     assert "train.jsonl:1: " in refusal(case).message and "data.chat_template" in refusal(case).message
     (tmp_path / "chatml.jinja").write_text(CHATML, encoding="utf-8")
@@ -259,7 +257,7 @@ def test_a_changed_template_makes_it_anew(case: Path) -> None:
     renewed = again.run.data / "card.json"
     (case.parent / "other.jinja").write_text(CHATML.replace("tools\\n", "tools;\\n"), encoding="utf-8")
     before = renewed.read_bytes()
-    assert not staged(case, ["data.chat_template=other.jinja"]).data() is None and renewed.read_bytes() != before
+    assert staged(case, ["data.chat_template=other.jinja"]).data() is not None and renewed.read_bytes() != before
 
 
 def test_a_changed_tokenizer_makes_it_anew(tmp_path: Path, model: Path) -> None:

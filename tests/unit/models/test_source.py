@@ -244,7 +244,8 @@ def test_an_unknown_hub_model_is_refused_with_what_there_is(answers: Answers) ->
     refused = answers.up[_MISSPELT]
     assert refused["code"] == 2
     assert (
-        "no embedded model (there is: smollm2-135m-instruct), no local folder and no hub model has this name" in refused["message"]
+        "no embedded model (there is: smollm2-135m-instruct), no local folder and no hub model has this name"
+        in refused["message"]
     )
     assert "did you mean 'smollm2-135m-instruct'?" in refused["message"]
 

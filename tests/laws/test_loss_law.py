@@ -1,0 +1,202 @@
+"""The loss law: however a step is laid out, its loss and every gradient are those of its examples one at a time.
+
+    loss(step) = sum of token losses over the step's examples / number of supervised tokens in the step
+
+The reference is transformers itself: each example alone, unpadded, with labels of -100 where nothing is supervised, its mean loss
+times its number of supervised tokens, all in float64. It shares no code with the layout, the loss or the engine.
+
+Tolerances. In fp32 a gradient is a sum of up to some hundred products whose order differs between layouts: relative rounding of
+about sqrt(n) * 6e-8, below 1e-5 of the tensor's norm; tensors whose gradient nearly cancels are held to 1e-5 of a thousandth of
+the global norm instead. The loss is a mean of positive numbers: 1e-6. In float64 the same sums round 5e8 times finer: 1e-12
+leaves room for deep cancellation, and nothing that is mathematically another step could hide in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fullrank.generation.likelihood import example_losses
+from fullrank.parallel.single import SingleDevice
+from fullrank.recipe import Train
+from fullrank.sequences.chat import Tokens
+from fullrank.sequences.layout import micro_batches
+from fullrank.sequences.store import TokenStore
+from fullrank.train.loop import Layout, validation_loss
+
+VOCABULARY = 300
+#: Longer and shorter than the sliding window, one without a prompt, one without a supervised token that has a predecessor.
+EXAMPLES = [
+    *tiny.random_tokens(7, vocabulary=VOCABULARY, seed=3, longest=4 * tiny.WINDOW),
+    Tokens(list(range(40, 40 + 3 * tiny.WINDOW)), [True] * 3 * tiny.WINDOW),
+    Tokens([7, 8, 9], [True, False, False]),
+]
+BUDGETS = (1, 24, 50, 10_000)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def everything_double() -> Iterator[None]:
+    """transformers' norms, rotary angles, routers and losses, and fullrank's, ask for fp32 by name: here they get float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(_FLOAT32)
+
+
+_FLOAT32 = torch.float32
+
+
+@dataclass
+class Reference:
+    """What a step over all examples comes to."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def model_of(family: str) -> Any:
+    return tiny.model(family, vocabulary=VOCABULARY)
+
+
+def doubled(model: Any) -> Any:
+    """The same weights, drawn in fp32, as float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products have no float64
+    return model.double()
+
+
+@functools.cache
+def reference(family: str) -> Reference:
+    """One example at a time through transformers' own loss, in float64."""
+    model = doubled(model_of(family)).train()
+    with everything_double():
+        counts = [tokens.supervised_targets() for tokens in EXAMPLES]
+        total = torch.zeros(())
+        for tokens, count in zip(EXAMPLES, counts, strict=True):
+            if count:
+                labels = [token if inside else -100 for token, inside in zip(tokens.ids, tokens.supervised, strict=True)]
+                ids_1T = torch.tensor([tokens.ids])
+                mean = model(input_ids=ids_1T, labels=torch.tensor([labels]), use_cache=False).loss
+                (mean * count / sum(counts)).backward()
+                total += mean.detach() * count / sum(counts)
+        return Reference(float(total), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def step_of(model: Any, store: TokenStore, budget: int, *, packed: bool, recompute: str) -> Reference:
+    """Loss and gradients of one step of the engine, read as the optimizer sees them."""
+    engine = SingleDevice(model, Train(max_grad_norm=None, precision="fp32"), recompute=recompute)
+    rows = micro_batches(store, range(len(store)), budget, packed=packed)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def read(*_: Any) -> None:
+        gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    hook = register_optimizer_step_pre_hook(read)
+    try:
+        outcome = engine.step(rows, sum(row.supervised_tokens for row in rows), learning_rate=1e-3, seed=0)
+    finally:
+        hook.remove()
+    assert outcome.updated
+    return Reference(outcome.loss, gradients)
+
+
+def check(found: Reference, wanted: Reference, *, loss: float, gradient: float) -> None:
+    assert found.loss == pytest.approx(wanted.loss, rel=loss, abs=0)
+    assert found.gradients.keys() == wanted.gradients.keys()
+    everything = float(torch.stack([g.double().norm() for g in wanted.gradients.values()]).norm())
+    for name, theirs in wanted.gradients.items():
+        distance = float((found.gradients[name].double() - theirs.double()).norm())
+        assert distance <= gradient * max(float(theirs.double().norm()), 1e-3 * everything), name
+
+
+def grid(cases: Sequence[tuple[int, bool, str]], *, slow: bool) -> list[Any]:
+    marks = [pytest.mark.slow] if slow else []
+    return [
+        pytest.param(*case, marks=marks, id=f"budget {case[0]}-{'packed' if case[1] else 'alone'}-recompute {case[2]}")
+        for case in cases
+    ]
+
+
+_FULL = [(budget, packed, recompute) for budget in BUDGETS for packed in (True, False) for recompute in ("none", "block")]
+_QUICK = [(50, True, "none"), (10_000, True, "block"), (10_000, False, "none")]
+CASES = grid(_QUICK, slow=False) + grid([case for case in _FULL if case not in _QUICK], slow=True)
+
+
+@pytest.mark.parametrize(("budget", "packed", "recompute"), CASES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_step_in_fp32_is_its_examples_one_at_a_time(
+    tmp_path: Path, family: str, budget: int, packed: bool, recompute: str
+) -> None:
+    store = tiny.write_store(tmp_path, EXAMPLES)
+    found = step_of(model_of(family), store, budget, packed=packed, recompute=recompute)
+    check(found, reference(family), loss=1e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize(("budget", "packed", "recompute"), CASES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_step_in_float64_is_its_examples_one_at_a_time(
+    tmp_path: Path, family: str, budget: int, packed: bool, recompute: str
+) -> None:
+    store = tiny.write_store(tmp_path, EXAMPLES)
+    model = doubled(model_of(family))
+    with everything_double():
+        found = step_of(model, store, budget, packed=packed, recompute=recompute)
+    check(found, reference(family), loss=1e-12, gradient=1e-12)
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f in ("mistral", "gemma3")])
+def test_the_examples_reach_beyond_the_sliding_window(family: str) -> None:
+    # Without a window the same weights come to another loss, so a window lost in packing could not pass above.
+    ids_1T = torch.tensor([EXAMPLES[7].ids])
+    narrow, wide = (tiny.model(family, vocabulary=VOCABULARY, sliding_window=window) for window in (tiny.WINDOW, 512))
+    wide.load_state_dict(narrow.state_dict())
+    losses = [model(input_ids=ids_1T, labels=ids_1T).loss.item() for model in (narrow, wide)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_a_step_does_not_weigh_examples_alike_but_tokens() -> None:
+    # The mean of the examples' means, which averaging over rows would give, is another number on these examples.
+    counts = [tokens.supervised_targets() for tokens in EXAMPLES]
+    assert len(set(counts)) > 3
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_validation_loss_is_the_same_law_whatever_the_budget(tmp_path: Path, family: str, packed: bool) -> None:
+    store = tiny.write_store(tmp_path, EXAMPLES)
+    engine = SingleDevice(model_of(family), Train(precision="fp32"), recompute="none")
+    for budget in BUDGETS:
+        found = validation_loss(engine, store, Layout(budget, packed))
+        assert found == pytest.approx(reference(family).loss, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_likelihoods_of_examples_add_up_to_the_law(tmp_path: Path, family: str) -> None:
+    store = tiny.write_store(tmp_path, EXAMPLES)
+    found = list(example_losses(model_of(family), store, 50, packed=True))
+    assert sorted(example for example, _, _ in found) == list(range(len(EXAMPLES)))
+    total = sum(loss for _, loss, _ in found) / sum(count for _, _, count in found)
+    assert total == pytest.approx(reference(family).loss, rel=1e-6, abs=0)

@@ -1,0 +1,50 @@
+"""A chat session: turns are kept, rendered by the template, and forgotten when asked."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+import tiny
+
+from fullrank.errors import UsageError
+from fullrank.generation.chat import ChatSession
+from fullrank.generation.decode import greedy
+from fullrank.sequences.chat import ChatRenderer
+
+
+def session(model: Any, *, system: str | None = None, template: str | None = tiny.CHATML) -> tuple[ChatSession, ChatRenderer]:
+    renderer = ChatRenderer(tiny.tokenizer(chat_template=template), datetime.date(2026, 1, 1), "tiny")
+    return ChatSession("tiny", model, renderer, system=system, max_new_tokens=6), renderer
+
+
+def expected(model: Any, renderer: ChatRenderer, text: str) -> str:
+    (answer,) = greedy(model, [renderer.ids(text)], stop_ids=renderer.stop_ids(), max_new_tokens=6)
+    return str(renderer.tokenizer.decode(answer.ids, skip_special_tokens=True))
+
+
+def test_an_answer_continues_the_whole_conversation() -> None:
+    model = tiny.model("llama")
+    talk, renderer = session(model, system="be brief")
+    turns = [{"role": "system", "content": "be brief"}]
+    for words in ("what is the sky", "and the sea"):
+        turns.append({"role": "user", "content": words})
+        wanted = expected(model, renderer, renderer.prompt(turns))
+        assert "".join(talk.answer(words)) == wanted
+        turns.append({"role": "assistant", "content": wanted})
+    talk.forget()
+    fresh = renderer.prompt([turns[0], {"role": "user", "content": "and the sea"}])
+    assert "".join(talk.answer("and the sea")) == expected(model, renderer, fresh)
+
+
+def test_without_a_template_a_message_is_continued_as_text() -> None:
+    model = tiny.model("llama")
+    talk, renderer = session(model, template=None)
+    assert "".join(talk.answer("the sky is")) == expected(model, renderer, "the sky is")
+
+
+def test_a_conversation_beyond_the_context_is_refused_in_words() -> None:
+    talk, _ = session(tiny.model("llama", max_position_embeddings=16))
+    with pytest.raises(UsageError, match="the model's context is 16"):
+        list(talk.answer("a long message " * 20))

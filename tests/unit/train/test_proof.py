@@ -1,0 +1,96 @@
+"""The proof after training: tensors that did not move, and exports that are not the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tokenizer
+
+from fullrank.errors import ProofError
+from fullrank.models import export
+from fullrank.models.load import load_model
+from fullrank.models.source import ResolvedModel, resolve
+from fullrank.recipe import Model
+from fullrank.train.proof import check_changed, export_and_prove, unchanged_tensors
+
+CPU = torch.device("cpu")
+PROBE = torch.arange(12)[None]
+
+
+@pytest.fixture
+def base(tiny_model_folder: Callable[..., Path]) -> ResolvedModel:
+    return resolve(Model(source=str(tiny_model_folder("llama"))))
+
+
+def test_tensors_that_did_not_move_are_found(base: ResolvedModel) -> None:
+    model = load_model(base.folder, device=CPU)
+    before = dict(load_model(base.folder, device=CPU).named_parameters())
+    assert unchanged_tensors(model, before) == list(before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "model.norm.weight":
+                parameter.view(-1)[-1] += 1e-3  # one number of a tensor is enough
+    assert unchanged_tensors(model, before) == ["model.norm.weight"]
+
+
+def test_only_what_no_gradient_reached_may_stay() -> None:
+    assert check_changed([], {"a"}) == []
+    assert check_changed(["experts.3"], {"experts.3", "experts.4"}) == ["experts.3"]
+    with pytest.raises(ProofError, match=r"1 trainable tensors .*although they had gradients: norm") as caught:
+        check_changed(["experts.3", "norm"], {"experts.3"})
+    assert "learning_rate" in caught.value.hint and caught.value.exit_code == 1
+
+
+def prove(base: ResolvedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    """export_and_prove with a fresh load in this process; `changes` are what that load is made to find instead."""
+
+    def fresh(path: Path, ids: torch.Tensor, device: torch.device, scratch: Path) -> tuple[torch.Tensor, set[str]]:
+        model = load_model(path, device=CPU, dtype=None)
+        logits, tied = export.probe_logits(model, ids), export.tied_names(model)
+        return logits + changes.get("shift", 0.0), tied | changes.get("tied", set())
+
+    monkeypatch.setattr(export, "fresh_process", fresh)
+    folder.mkdir()
+    return export_and_prove(
+        load_model(base.folder, device=CPU),
+        tokenizer(),
+        base,
+        dtype=changes.get("dtype", torch.float32),
+        stop_ids=[1],
+        probe_ids_1T=PROBE,
+        unreached=["model.norm.weight"],
+        folder=folder,
+    )
+
+
+def test_an_export_that_is_the_model(base: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = prove(base, tmp_path / "m", monkeypatch, dtype=torch.bfloat16)
+    trainable = len(list(load_model(base.folder, device=CPU).parameters()))
+    assert (proof.trainable_tensors, proof.changed_tensors) == (trainable, trainable - 1)
+    assert proof.never_reached_tensors == ["model.norm.weight"] and proof.export_dtype == "bfloat16"
+    assert proof.export_logits_identical and proof.export_keys_equal and proof.ties_kept
+    assert proof.export_probe_tokens == 12
+
+
+def test_other_logits_are_refused(base: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ProofError, match=r"other logits .*largest difference 0\.5"):
+        prove(base, tmp_path / "m", monkeypatch, shift=0.5)
+
+
+def test_ties_that_came_or_went_are_refused(base: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ProofError, match="tied weights came apart"):
+        prove(base, tmp_path / "m", monkeypatch, tied={"lm_head.weight"})
+
+
+def test_other_names_are_refused(
+    base: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Callable[..., Path]
+) -> None:
+    deeper = tiny_model_folder("llama", num_hidden_layers=3)
+    real = export.keys_equal
+    monkeypatch.setattr(export, "keys_equal", lambda ours, theirs, tied: real(ours, deeper, tied))
+    with pytest.raises(ProofError, match="names or shapes differ"):
+        prove(base, tmp_path / "m", monkeypatch)
