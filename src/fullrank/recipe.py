@@ -180,7 +180,7 @@ class Train(Section):
     """Steps between validations; there is always one before the first step and one after the last."""
     early_stopping: EarlyStopping | None = None
     """Off unless given; the weights of the best validation are exported either way."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the validation split, the order of examples and dropout."""
 
 

@@ -289,4 +289,4 @@ class StepRow(Record):
     memory_bytes: int
     """Resident (CPU) or allocated (device) memory after the step."""
     validation_loss: float | None = Field(default=None)
-    """Loss over the validation data after this step, where one was due; step 0 is the base model."""
+    """Loss over the validation data after this step, where one was due (the base model's is in the card)."""

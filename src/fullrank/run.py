@@ -112,8 +112,10 @@ class Run:
                 handle.truncate(0)
                 handle.write(owner)
                 handle.flush()
-            yield self
-            handle.truncate(0)
+            try:
+                yield self
+            finally:
+                handle.truncate(0)
         finally:
             handle.close()
 

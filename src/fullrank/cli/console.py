@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column, Table
 
 from fullrank.records import EvaluationCard, Plan, StepRow, TrainCard
 from fullrank.run import Run, read_record
@@ -20,6 +20,8 @@ from fullrank.units import format_bytes, format_count, format_seconds, plural
 
 #: Where there is no terminal, a step line is printed at most this often.
 _QUIET_SECONDS = 5.0
+#: Columns of a terminal that has room for a bar beside the facts of a step.
+_ROOM_FOR_A_BAR = 120
 _VERBS = {"data": "preparing data", "plan": "planning", "train": "training", "evaluate": "evaluating"}
 
 
@@ -34,13 +36,11 @@ class Console:
         self._progress_out = RichConsole(stderr=True, highlight=False)
         self._results_out = RichConsole(file=sys.stderr if quiet_results else sys.stdout, highlight=False)
         self._live = self._progress_out.is_terminal
-        self._bar = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[facts]}"),
-            console=self._progress_out,
-            transient=True,
-        )
+        columns: list[ProgressColumn] = [TextColumn("  {task.description}", table_column=Column(no_wrap=True, min_width=14))]
+        if self._progress_out.width >= _ROOM_FOR_A_BAR:
+            columns.append(BarColumn(bar_width=20))
+        columns.append(TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True, overflow="ellipsis")))
+        self._bar = Progress(*columns, console=self._progress_out, transient=True)
         self._task: Any = None
         self._last_line = 0.0
         self._step_seconds = _Average()
@@ -105,8 +105,8 @@ class Console:
     def _step(self, row: StepRow, steps: int) -> None:
         left = self._step_seconds.add(row.seconds) * (steps - row.step)
         facts = (
-            f"loss {row.loss:.4f}  lr {row.learning_rate:.2e}  grad norm {row.grad_norm:.3g}  "
-            f"{row.tokens / row.seconds:,.0f} tok/s  {format_bytes(row.memory_bytes)}  {format_seconds(left)} left"
+            f"loss {row.loss:.4f}  {format_seconds(left)} left  {row.tokens / row.seconds:,.0f} tok/s  "
+            f"lr {row.learning_rate:.2e}  grad norm {row.grad_norm:.3g}  {format_bytes(row.memory_bytes)}"
         )
         if self._live:
             self._show_task(f"step {row.step}/{steps}", row.step, steps, facts)

@@ -52,14 +52,24 @@ class ChatSession:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids_1T = torch.tensor([list(ids)], device=self._model.device)
         arguments = greedy_arguments(self._renderer.stop_ids(), self._max_new_tokens)
-        work = threading.Thread(
-            target=cast(Any, self._model).generate,
-            kwargs={"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), "streamer": streamer, **arguments},
-        )
-        work.start()
+        failures: list[Exception] = []
+
+        def write() -> None:
+            try:
+                cast(Any, self._model).generate(
+                    input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), streamer=streamer, **arguments
+                )
+            except Exception as error:  # a thread's own: without an end the reader would wait for ever
+                failures.append(error)
+                streamer.end()
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
         pieces = []
         for piece in streamer:
             pieces.append(piece)
             yield piece
-        work.join()
+        writer.join()
+        if failures:
+            raise failures[0]
         self._messages = [*turns, {"role": "assistant", "content": "".join(pieces)}]

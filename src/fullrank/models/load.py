@@ -36,10 +36,11 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None 
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ModelError(f"{folder}: weights are missing or of another shape: {', '.join(missing[:5])} ({len(missing)} in all)")
-    for parameter in model.parameters():
+    if device.type == "cpu":
         # Weights come memory-mapped from the file. What is trained must be memory of its own: a file that is replaced under a
         # running process kills it, and unaligned memory rounds (and runs) differently from aligned memory.
-        parameter.data = parameter.data.clone()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     model.to(device)  # type: ignore[arg-type] # transformers wraps torch's `to` in a way mypy cannot follow
     return model
 

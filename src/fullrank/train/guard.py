@@ -6,6 +6,7 @@ the step's examples are named. A first SIGINT or SIGTERM is honoured between mic
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,19 @@ def check_finite(step: Step, store: TokenStore) -> None:
         f"were left as they were\nits examples: {', '.join(names)}" + (f" and {rest} more" if rest else ""),
         hint="look at these records; a lower train.optimizer.learning_rate or more warmup often helps",
     )
+
+
+def check_finite_validation(loss: float, step: int) -> None:
+    """Stops at a validation loss that is not finite: it could neither be compared nor be reported.
+
+    Raises:
+        TrainingError: naming the step.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the validation loss is {loss} after step {step}",
+            hint="a lower train.optimizer.learning_rate or more warmup often helps; the base model's own loss is that of step 0",
+        )
 
 
 class Interrupted(Exception):

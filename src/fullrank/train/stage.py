@@ -42,7 +42,7 @@ from fullrank.sequences.chat import ChatRenderer
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint, proof
-from fullrank.train.guard import Interrupted, StopRequest, check_finite
+from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation
 from fullrank.train.loop import Layout, Step, steps, validation_loss
 
 #: Saving may take at most this share of the time, and happens at most once a minute.
@@ -217,6 +217,7 @@ class _Training:
         self.run.show("validating", step=self.progress.step)
         loss = validation_loss(self.engine, self.validation_store, self.layout)
         step = self.progress.step
+        check_finite_validation(loss, step)
         is_best = self.progress.validated(loss, step, self.recipe.train.early_stopping)
         if is_best and step < self.order.steps:  # the last step's weights are still in memory when they are exported
             checkpoint.save_weights(self.best_folder, dict(self.engine.weights()))

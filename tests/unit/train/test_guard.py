@@ -45,7 +45,7 @@ def test_a_step_that_is_not_finite_names_its_examples(tmp_path: Path) -> None:
     assert "step 7: loss nan, gradient norm inf" in caught.value.message
     assert caught.value.message.endswith("its examples: rows.jsonl:5, rows.jsonl:3")
     assert "learning_rate" in caught.value.hint and caught.value.exit_code == 1
-    with pytest.raises(TrainingError, match=r"rows\.jsonl:10 and 5 more$"):
+    with pytest.raises(TrainingError, match=r"rows\.jsonl:10 and 5 more\n"):
         check_finite(step_of(list(range(15)), StepOutcome(float("nan"), 1.0, updated=False)), store)
 
 
