@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -96,3 +97,13 @@ def test_every_recipe_is_planned(path: Path, tmp_path: Path, tiny_model_folder: 
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
     assert plan["fits"] and plan["steps"] >= 1
+
+
+def test_readme_quotes_the_results() -> None:
+    """The figures in README are those of benchmarks/results, not retyped."""
+    spec = importlib.util.spec_from_file_location("quote", ROOT / "benchmarks" / "quote.py")
+    assert spec and spec.loader
+    quote = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quote)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert quote.with_figures(readme) == readme, "run: python benchmarks/quote.py"

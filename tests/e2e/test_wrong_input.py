@@ -62,9 +62,9 @@ def test_a_misspelt_key(case: Path) -> None:
 
 
 def test_every_problem_of_a_recipe_at_once(case: Path) -> None:
-    lines = [edit(case, "train", "lr", 1e-5), edit(case, "data", "too_long", "cut")]
+    lines = [edit(case, "data", "too_long", "cut"), edit(case, "train", "lr", 1e-5)]  # in the order of the file
     words = refused(case, 2, "train.epochs=no")
-    assert f"recipe.yaml:{lines[0]}: train.lr" in words and f"recipe.yaml:{lines[1]}: data.too_long" in words
+    assert f"recipe.yaml:{lines[0]}: data.too_long" in words and f"recipe.yaml:{lines[1]}: train.lr" in words
     assert "override 'train.epochs=no'" in words
 
 
@@ -83,7 +83,11 @@ def test_no_such_run(case: Path) -> None:
 def test_no_such_verb_or_option(case: Path) -> None:
     for arguments in (("trane", "recipe.yaml"), ("run", "recipe.yaml", "--gpu")):
         done = fullrank(*arguments, cwd=case.parent)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and arguments[-1 if "--" in arguments[-1] else 0] in done.stderr
+        assert (
+            done.returncode == 2
+            and "Traceback" not in done.stderr
+            and arguments[-1 if "--" in arguments[-1] else 0] in done.stderr
+        )
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """`fullrank` as a user types it, made easy to catch in the act: slow steps, a save after each, a disk that says it is roomy.
 
-    python driver.py VERB ARGUMENTS...      with STEP_SECONDS and ROOMY_DISK in the environment
+python driver.py VERB ARGUMENTS...      with STEP_SECONDS and ROOMY_DISK in the environment
 """
 
 from __future__ import annotations

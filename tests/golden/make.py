@@ -1,4 +1,4 @@
-"""Writes the golden loss curve: `PYTHONPATH=tests python tests/golden/make.py`. Only when the mathematics of a step is meant to change."""
+"""Writes the golden loss curve (`PYTHONPATH=tests python tests/golden/make.py`): only when a step is meant to change."""
 
 from __future__ import annotations
 

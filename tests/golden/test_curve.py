@@ -1,6 +1,6 @@
 """The loss curve of a fixed run is what it was when it was last looked at.
 
-Tolerance 1e-6, relative: processors sum matrix products in their own order, so fp32 losses differ in the last digit or two; twenty
+Tolerance 1e-6, relative: processors sum matrix products in their own order, so fp32 losses differ in the last digits; twenty
 steps at a small rate do not amplify that beyond this. A change of seed, order, schedule, clipping or optimizer is orders larger.
 """
 

@@ -40,8 +40,6 @@ def main() -> None:
         app()
     except FullrankError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _fail(Stopped("stopped; what was complete is kept", hint="type the same command to continue"))
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

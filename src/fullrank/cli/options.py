@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fullrank.errors import Stopped
 from fullrank.loading import LoadedRecipe, load
 from fullrank.run import find_run
 
@@ -25,3 +28,16 @@ def loaded(target: str, overrides: list[str] | None, runs_dir: Path) -> LoadedRe
     if looks_like_a_file:
         return load(path, overrides or [])
     return load(find_run(target, runs_dir).recipe_path, overrides or [])
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end the work of a verb with exit code 75; typer would make 130 of them.
+
+    Raises:
+        Stopped: what was complete is kept, and the same command continues.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped("stopped; what was complete is kept", hint="type the same command to continue") from None

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fullrank.cli.options import RUNS_DIR, AsJson, Overrides, RunsDir
+from fullrank.cli.options import RUNS_DIR, AsJson, Overrides, RunsDir, stoppable
 from fullrank.errors import UsageError
 
 
@@ -19,13 +19,14 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def quickstart(overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
         """Fine-tune a real model on this machine's CPU in minutes, and see what it learned."""
-        from fullrank.cli.console import Console
-        from fullrank.workflows.quickstart import quickstart as go
-        from fullrank.workflows.stages import summary
+        with stoppable():
+            from fullrank.cli.console import Console
+            from fullrank.workflows.quickstart import quickstart as go
+            from fullrank.workflows.stages import summary
 
-        with Console(quiet_results=as_json) as console:
-            run = go(runs_dir, overrides or [], console.hear)
-            console.conclude(run)
+            with Console(quiet_results=as_json) as console:
+                run = go(runs_dir, overrides or [], console.hear)
+                console.conclude(run)
         if as_json:
             print(json.dumps(summary(run)))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fullrank.cli.options import RUNS_DIR, AsJson, Overrides, RunsDir, Target, loaded
+from fullrank.cli.options import RUNS_DIR, AsJson, Overrides, RunsDir, Target, loaded, stoppable
 
 if TYPE_CHECKING:
     from fullrank.run import Run
@@ -54,12 +54,13 @@ def _work(
     describe: Callable[[Run], dict[str, Any]],
 ) -> None:
     recipe = loaded(target, overrides, runs_dir)  # its problems are told before torch is imported
-    from fullrank.cli.console import Console
-    from fullrank.workflows.stages import run_until
+    with stoppable():
+        from fullrank.cli.console import Console
+        from fullrank.workflows.stages import run_until
 
-    with Console(quiet_results=as_json) as console:
-        run = run_until(last, recipe, runs_dir, console.hear)
-        console.conclude(run)
+        with Console(quiet_results=as_json) as console:
+            run = run_until(last, recipe, runs_dir, console.hear)
+            console.conclude(run)
     if as_json:
         print(json.dumps(describe(run)))
 

@@ -123,6 +123,7 @@ class _Preparation:
         self.data = data
         self.renderer = renderer
         self.problems: list[str] = []
+        self.hint = "mend or remove these records"
         self.counts: dict[str, _Counts] = {}
 
     # ---- splits -----------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ class _Preparation:
     def _rendered(self, split: str, items: list[Source]) -> Iterator[_Rendered]:
         counts = self.counts.setdefault(split, _Counts())
         for source in items:
-            for record in sources.read(source):
+            for record in self._records(source):
                 if len(self.problems) >= _MOST_PROBLEMS:
                     return
                 try:
@@ -203,6 +204,14 @@ class _Preparation:
                         )
                     else:
                         yield _Rendered(piece, str(record.origin))
+
+    def _records(self, source: Source) -> Iterator[sources.RawRecord]:
+        """The records of a source; what cannot be read in it joins the problems found so far."""
+        try:
+            yield from sources.read(source)
+        except DataError as error:
+            self.problems += error.message.splitlines()
+            self.hint = error.hint or self.hint
 
     def _tokens(self, example: Conversation | Pair | Document) -> Tokens:
         match example:
@@ -240,7 +249,7 @@ class _Preparation:
         path = folder / "tests" / f"{name}.jsonl"
         count = longest = 0
         for source in items:
-            for record in sources.read(source):
+            for record in self._records(source):
                 if len(self.problems) >= _MOST_PROBLEMS:
                     break
                 try:
@@ -278,7 +287,7 @@ class _Preparation:
             too_long = any("data.max_length" in problem or "after token" in problem for problem in self.problems)
             raise DataError(
                 "\n".join(self.problems[:_MOST_PROBLEMS]) + more,
-                hint="raise data.max_length, or say data.too_long: drop" if too_long else "mend or remove these records",
+                hint="raise data.max_length, or say data.too_long: drop" if too_long else self.hint,
             )
 
     def notes(self) -> list[str]:

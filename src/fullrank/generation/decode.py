@@ -16,6 +16,26 @@ from transformers import DynamicCache, PreTrainedModel
 #: A common beginning shorter than this is not worth a forward pass of its own.
 _SHORTEST_SHARED = 16
 
+#: Settings of a generation configuration that would make the likeliest token another one, or look for it another way.
+_BENDING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "prompt_lookup_num_tokens",
+)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -31,12 +51,9 @@ class Answer:
 
 def greedy_arguments(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
     """What makes transformers' `generate` greedy, whatever the model's own generation configuration says."""
-    return {
+    return dict.fromkeys(_BENDING) | {
         "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "repetition_penalty": None,
+        "num_beams": 1,
         "max_new_tokens": max_new_tokens,
         "eos_token_id": list(stop_ids),
         "pad_token_id": stop_ids[0],

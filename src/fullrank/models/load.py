@@ -29,6 +29,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None 
         attn_implementation=attention_for(config),
         use_safetensors=True,
         trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # so that they are reported below, with the others
         output_loading_info=True,
     )
     model: PreTrainedModel = loaded[0]

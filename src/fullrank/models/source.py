@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fullrank.errors import ModelError
 from fullrank.models.embedded import EMBEDDED, folder_of
@@ -79,8 +80,9 @@ def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
         files = [sibling.rfilename for sibling in info.siblings or []]
         _refuse_pickles(files, model.source)
         tell(f"fetching {model.source} at {str(info.sha)[:12]} from the hub")
-        folder = Path(snapshot_download(model.source, revision=info.sha, allow_patterns=_WANTED))
-        return folder, str(info.sha)
+        # By its own name, so that the cache knows what the name meant when there is no network; the folder is the commit's.
+        folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=_WANTED))
+        return folder, folder.name
     except GatedRepoError:
         raise ModelError(
             f"{where}: the hub gives it to accepted users only", hint="accept its terms on the hub and set HF_TOKEN"
@@ -93,7 +95,9 @@ def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
             f"{where}: no embedded model (there is: {embedded}), no local folder and no hub model has this name{perhaps}",
             hint="private hub models need HF_TOKEN",
         ) from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (OfflineModeIsEnabled, HfHubHTTPError, OSError)) and "httpx" not in type(error).__module__:
+            raise  # a connection that fails is an error of the hub's HTTP client: httpx, httpx2, ...
         try:  # what an earlier run has fetched serves without a network
             folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=_WANTED, local_files_only=True))
             return folder, folder.name
@@ -129,6 +133,11 @@ def _refuse_unsafe(folder: Path, name: str) -> None:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'}: not valid JSON: {error}") from None
+    if config.get("model_type") in CONFIG_MAPPING and config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{name}: its model_type {config['model_type']!r} is no causal language model",
+            hint="use a model that transformers loads with AutoModelForCausalLM",
+        )
     if config.get("model_type") not in CONFIG_MAPPING:
         own_code = " and brings code of its own, which is never run" if "auto_map" in config else ""
         raise ModelError(
@@ -148,11 +157,17 @@ def _facts(folder: Path, source: str, kind: Literal["embedded", "folder", "hub"]
     text = config.get_text_config()
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise ModelError(
+            f"{source}: {type(skeleton).__name__} has no one number of attention heads, so its memory cannot be planned",
+            hint="use a transformer model",
+        )
     files = sorted(
         path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model")
     )
     mlp_width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    widest = max(mlp_width) if isinstance(mlp_width, (list, tuple)) else mlp_width  # some give one to each layer
     return ModelFacts(
         source=source,
         kind=kind,
@@ -166,7 +181,7 @@ def _facts(folder: Path, source: str, kind: Literal["embedded", "folder", "hub"]
         heads=heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        intermediate_size=mlp_width,
+        intermediate_size=widest,
         vocabulary=text.vocab_size,
         tied_embeddings=bool(text.tie_word_embeddings),
         context_tokens=getattr(text, "max_position_embeddings", None),

@@ -44,6 +44,8 @@ class SingleDevice:
         loss = torch.zeros((), device=self.device)
         try:
             for batch in micro_batches:
+                if batch.supervised_tokens == 0:
+                    continue
                 with self._compute_type():
                     share = row_loss(self.model, batch.to(self.device), supervised_tokens)
                 share.backward()

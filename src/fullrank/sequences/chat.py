@@ -12,6 +12,8 @@ ids trained on are ids(prompt) + ids(answer).
 from __future__ import annotations
 
 import datetime
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,14 +77,20 @@ class ChatRenderer:
             rendered = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=tools,
+                chat_template=self._on_the_day(self.tokenizer.get_chat_template(None, tools)),
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                # A template's context shadows its globals: this freezes the clock of templates that print the date.
-                strftime_now=self._clock.strftime,
             )
         except Exception as error:
             raise DataError(f"the chat template of {self.name} refuses the conversation: {error}") from error
         return str(rendered)
+
+    def _on_the_day(self, template: str) -> str:
+        """The template with its clock frozen: transformers hands no callable to a template, so the day is written into it."""
+        frozen = _ASKS_THE_CLOCK.sub(lambda call: json.dumps(self._clock.strftime(call["format"])), template)
+        if "strftime_now(" in frozen:
+            raise ValueError("it prints today's date in a format computed by the template, which cannot be held fixed")
+        return frozen
 
     def prompt(self, messages: Sequence[Message], *, tools: list[Any] | None = None) -> str:
         """What a server feeds the model before it writes the next assistant turn."""
@@ -138,9 +146,9 @@ class ChatRenderer:
     def _turn_span(self, whole: str, messages: Sequence[Message], tools: list[Any] | None, turn: int) -> tuple[int, int]:
         """Character span of an assistant turn in `whole`: from the first character to write through its end-of-turn token."""
         place = f"the chat template of {self.name}, turn {turn + 1} (assistant)"
-        before = self.prompt(messages[:turn], tools=tools) if turn else ""
         through = self.text(messages[: turn + 1], tools=tools)
-        if turn and not whole.startswith(before):
+        before = self.prompt(messages[:turn], tools=tools) if turn else self._opening(through, tools)
+        if not before or not whole.startswith(before):
             raise DataError(f"{place}: what comes before the turn is rendered differently once the turn is there, {_REWRITES}")
         if not whole.startswith(through):
             raise DataError(f"{place}: the turn is rendered differently once later turns follow, {_REWRITES}")
@@ -148,6 +156,15 @@ class ChatRenderer:
         if end is None:
             raise DataError(f"{place}: no control token ends the turn, so the model would never learn to stop")
         return len(before), end
+
+    def _opening(self, through: str, tools: list[Any] | None) -> str:
+        """What stands before an answer that nothing was asked for: no server renders that, so it ends where the words that
+        prompt any other answer end; empty when they are not in it.
+        """
+        asked = [{"role": "user", "content": "a"}]
+        header = self.prompt(asked, tools=tools).removeprefix(self.text(asked, tools=tools))
+        opening, found, _ = through.partition(header) if header else ("", "", "")
+        return opening + found if found else ""
 
     def _end_of_turn(self, through: str, start: int) -> int | None:
         """Character after the turn's end-of-turn token: a control token with nothing but white space behind it."""
@@ -166,7 +183,7 @@ class ChatRenderer:
             if not inside or self.ids(whole[:start]) != ids[: inside[0]]:
                 clean = False
                 break
-            for n in inside:
+            for n in range(inside[0], inside[-1] + 1):  # white space in between may have an empty span
                 supervised[n] = True
         if clean:
             return Tokens(ids, supervised)
@@ -220,6 +237,8 @@ class ChatRenderer:
             stops.add(probe.ids[last_supervised])
         return sorted(int(stop) for stop in stops if stop is not None)
 
+
+_ASKS_THE_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 _REWRITES = (
     "so what is trained would not be what is served; "

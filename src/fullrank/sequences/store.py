@@ -59,8 +59,9 @@ class StoreWriter:
         """Writes the index."""
         self._ids.close()
         self._supervised.close()
-        np.asarray(self._offsets, dtype=np.int64).tofile(self.folder / "offsets.i64")
-        np.asarray(self._origin, dtype=np.int32).reshape(-1, 2).tofile(self.folder / "origin.i32")
+        # not tofile: its error on a full disk has no number
+        (self.folder / "offsets.i64").write_bytes(np.asarray(self._offsets, dtype=np.int64).tobytes())
+        (self.folder / "origin.i32").write_bytes(np.asarray(self._origin, dtype=np.int32).tobytes())
         (self.folder / "origins.json").write_text(json.dumps(list(self._files)), encoding="utf-8")
 
 

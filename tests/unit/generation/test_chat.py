@@ -48,3 +48,15 @@ def test_a_conversation_beyond_the_context_is_refused_in_words() -> None:
     talk, _ = session(tiny.model("llama", max_position_embeddings=16))
     with pytest.raises(UsageError, match="the model's context is 16"):
         list(talk.answer("a long message " * 20))
+
+
+def test_a_failure_while_writing_is_raised_where_the_answer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    talk, _ = session(model)
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(model, "generate", out_of_memory)
+    with pytest.raises(MemoryError, match="no more"):
+        list(talk.answer("what is the sky"))

@@ -296,3 +296,9 @@ def test_the_stop_tokens_are_the_end_of_sequence_and_the_templates_end_of_turn()
     assert ChatRenderer(spoken, DAY, "tiny").stop_ids() == sorted([ids["<|endoftext|>"], ids["<|im_end|>"]])
     spoken.chat_template = None
     assert ChatRenderer(spoken, DAY, "tiny").stop_ids() == [ids["<|endoftext|>"]]
+
+
+def test_a_date_format_that_the_template_computes_is_refused() -> None:
+    computed = "{% set style = '%Y' %}{{ strftime_now(style) }}" + tiny.CHATML
+    with pytest.raises(DataError, match=r"refuses the conversation: .*cannot be held fixed"):
+        renderer(computed).text([turn("user", "a")])

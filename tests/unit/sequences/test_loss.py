@@ -1,4 +1,4 @@
-"""The loss of a row: a cross-entropy of every supervised token, in fp32, whatever the model returns. The law itself is in laws/."""
+"""The loss of a row: a cross-entropy of every supervised token, in fp32, whatever the model returns (the law is in laws/)."""
 
 from __future__ import annotations
 
