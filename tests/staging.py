@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tiny import chat_rows, write_jsonl
 
 from fullrank import loading
+from fullrank.models import export
+from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.source import ResolvedModel, resolve
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, Plan, TrainCard
@@ -97,3 +100,17 @@ def write_lines(path: Path, lines: Iterable[str]) -> Path:
     """Lines of text as they are, for files that are not valid."""
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def fresh_here(folder: Path, ids_1T: torch.Tensor, text: str, device: torch.device, scratch: Path) -> export.Fresh:
+    """What `export.fresh_process` finds, found in this process: starting another one takes seconds."""
+    model = load_model(folder, device=torch.device("cpu"), dtype=None)
+    tokenizer = load_tokenizer(folder)
+    stops = model.generation_config.eos_token_id if model.generation_config else None
+    return export.Fresh(
+        logits_1TV=export.probe_logits(model, ids_1T),
+        tied=export.tied_names(model),
+        text_ids=list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        chat_template=str(tokenizer.chat_template) if tokenizer.chat_template else None,
+        stop_ids=stops if isinstance(stops, list) else [int(stops)] if stops is not None else [],
+    )

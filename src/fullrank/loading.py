@@ -30,6 +30,8 @@ class LoadedRecipe:
     recipe: Recipe
     path: Path
     overrides: tuple[str, ...] = ()
+    run_root: Path | None = None
+    """Folder of the run whose saved recipe this is; None for a recipe file."""
 
 
 class _CoreLoader(yaml.SafeLoader):

@@ -118,6 +118,16 @@ class Data(Section):
     template_date: datetime.date = datetime.date(2026, 1, 1)
     """The day that templates which print today's date see: fixed, so that the same recipe gives the same tokens."""
 
+    @field_validator("test")
+    @classmethod
+    def _names_are_file_names(cls, test: dict[str, list[Source]]) -> dict[str, list[Source]]:
+        wrong = [name for name in test if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "validation"]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]!r} cannot be the name of a test set: letters, digits, - and _ may, and `validation` is taken"
+            )
+        return test
+
 
 class Optimizer(Section):
     """The rule of the update."""

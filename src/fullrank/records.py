@@ -23,7 +23,7 @@ class StageRecord(Record):
     fingerprint: str
     """SHA-256 over everything the stage's result depends on; a stage whose fingerprint still holds is not run again."""
     seconds: float
-    """Wall time of the stage."""
+    """Wall time of the stage; of its last sitting, where it was stopped and continued."""
     peak_bytes: int
     """Peak resident memory of the process during the stage (device memory is in the stage's own fields)."""
 
@@ -113,8 +113,10 @@ class DataCard(StageRecord):
 
     chat_template: Literal["model", "recipe", "none"]
     """Whose chat template rendered the examples."""
-    chat_template_fingerprint: str
-    tokenizer_fingerprint: str
+    training_fingerprint: str
+    """SHA-256 over what training and validation examples depend on; test sets may change without it."""
+    stop_ids: list[int]
+    """Tokens that end an answer, as the training examples end theirs."""
     train: SplitCard
     validation: SplitCard
     tests: dict[str, TestCard]
@@ -189,11 +191,16 @@ class Proof(Record):
     export_dtype: str
     export_keys_equal: bool
     """The export has the base model's tensor names and shapes."""
+    export_changed_tensors: int
+    """Stored tensors of the export that differ from the base's in the export's type: small updates vanish in 16 bits."""
+    export_tensors: int
     export_logits_identical: bool
     """A fresh process that loads the export computes bitwise the logits of the trained weights after the same cast."""
     export_probe_tokens: int
     """Tokens whose logits were compared."""
     ties_kept: bool
+    tokenizer_travels: bool
+    """The fresh process tokenizes the probe and has the chat template and the stop tokens as training had them."""
 
 
 class TrainCard(StageRecord):
@@ -287,6 +294,6 @@ class StepRow(Record):
     supervised_tokens: int
     seconds: float
     memory_bytes: int
-    """Resident (CPU) or allocated (device) memory after the step."""
+    """Resident memory of the process after the step."""
     validation_loss: float | None = Field(default=None)
     """Loss over the validation data after this step, where one was due (the base model's is in the card)."""

@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -283,14 +283,24 @@ def write_manifest(folder: Path) -> None:
     write_text(folder / "MANIFEST.json", json.dumps({"files": entries}, indent=2) + "\n")
 
 
-def verify_manifest(folder: Path) -> str | None:
-    """None when every file is as its manifest says; otherwise what is wrong."""
+def refresh_manifest(folder: Path, name: str) -> None:
+    """Brings one file's entry of an existing manifest up to date; the others keep what was proven of them."""
+    path = folder / "MANIFEST.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+    write_text(path, json.dumps(manifest, indent=2) + "\n")
+
+
+def verify_manifest(folder: Path, ignoring: Set[str] = frozenset()) -> str | None:
+    """None when every file (but those ignored) is as its manifest says; otherwise what is wrong."""
     try:
         entries = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
         stated = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "it has no readable MANIFEST.json"
     for name, facts in stated.items():
+        if name in ignoring:
+            continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -71,7 +71,8 @@ def test_the_readme_tree_is_there() -> None:
     """Each path that the README's tree names exists."""
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1]
     package = ROOT / "src" / "fullrank"
-    names = re.findall(r"(?:^ {6}|  )([a-z_]+(?:/|\.py))", tree, re.MULTILINE)
+    inside = "\n".join(re.findall(r"^ {6}(\S.*)$", tree, re.MULTILINE))
+    names = re.findall(r"(?:^|  )([a-z_]+(?:/|\.py))", inside, re.MULTILINE)
     assert len(names) > 15
     assert not [name for name in names if not (package / name).exists()]
     assert not [name for name in re.findall(r"^ {4}([a-z]+/)", tree, re.MULTILINE) if not (ROOT / name).exists()]

@@ -137,7 +137,7 @@ def test_a_record_without_an_answer(case: Path) -> None:
 def test_a_record_that_is_too_long(case: Path) -> None:
     words = refused(case, 3, "data.max_length=50", verb="plan")
     assert f"{case.parent / 'train.jsonl'}:1: " in words and "data.max_length is 50 and data.too_long is error" in words
-    assert "  -> raise data.max_length, or say data.too_long: drop" in words
+    assert "  -> raise data.max_length (up to the model's context), or say data.too_long: drop" in words
 
 
 def test_an_answer_that_is_cut_away(case: Path) -> None:

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
-from staging import Staged, leftovers, staged, write_case
+from staging import Staged, fresh_here, leftovers, staged, write_case
 
 from fullrank.errors import FitError, UsageError
 from fullrank.models import export
-from fullrank.models.load import load_model
 from fullrank.plan import stage as plan_stage
 from fullrank.run import Run, verify_manifest, write_text
 from fullrank.sequences.store import TokenStore
@@ -35,12 +33,7 @@ def case(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timing of blocks, and the export's fresh load in this process."""
-
-    def fresh(folder: Path, ids: torch.Tensor, device: torch.device, scratch: Path) -> tuple[torch.Tensor, set[str]]:
-        model = load_model(folder, device=device, dtype=None)
-        return export.probe_logits(model, ids), export.tied_names(model)
-
-    monkeypatch.setattr(export, "fresh_process", fresh)
+    monkeypatch.setattr(export, "fresh_process", fresh_here)
     monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: None)
 
 

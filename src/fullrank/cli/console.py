@@ -157,7 +157,8 @@ class Console:
         if trained is not None:
             p = trained.proof
             out.print(
-                f"{p.changed_tensors} of {p.trainable_tensors} tensors changed; "
+                f"{p.changed_tensors} of {p.trainable_tensors} tensors changed in training, "
+                f"{p.export_changed_tensors} of {p.export_tensors} in the export ({p.export_dtype}); "
                 "a fresh process reproduces the export's logits exactly",
                 soft_wrap=True,
             )

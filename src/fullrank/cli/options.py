@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,11 @@ def loaded(target: str, overrides: list[str] | None, runs_dir: Path) -> LoadedRe
     looks_like_a_file = path.suffix in (".yaml", ".yml") or path.is_file()
     if looks_like_a_file:
         return load(path, overrides or [])
-    return load(find_run(target, runs_dir).recipe_path, overrides or [])
+    run = find_run(target, runs_dir)
+    # What a run was made from may have moved since; the stage that needs a file again says so.
+    saved = load(run.recipe_path, overrides or [], need_files=False)
+    is_renamed = any(override.startswith("name=") for override in overrides or [])
+    return saved if is_renamed else replace(saved, run_root=run.root)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ def register(app: typer.Typer) -> None:
         """Write a commented recipe to start from."""
         from fullrank.run import write_text
 
+        if path.is_dir():
+            raise UsageError(f"{path}: a folder", hint=f"name a file, such as {path / 'recipe.yaml'}")
         if path.exists() and not force:
             raise UsageError(f"{path}: it is there already", hint="choose another name, or --force to overwrite it")
         write_text(path, (files("fullrank.cli") / "starter.yaml").read_text(encoding="utf-8"))

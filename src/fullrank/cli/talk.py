@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
         message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this and leave.")] = None,
         system: Annotated[str | None, typer.Option("--system", help="System turn; by default the training data's own.")] = None,
         base: Annotated[bool, typer.Option("--base", help="Talk to the base model instead.")] = False,
-        max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 256,
+        max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
         runs_dir: RunsDir = RUNS_DIR,
     ) -> None:
         """Talk to the tuned model (or, with --base, to the model it came from)."""

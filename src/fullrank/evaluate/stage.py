@@ -69,7 +69,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
         return card
     run.tell("started", stage="evaluate")
     with Meter() as meter, new_folder(run.evaluate) as folder:
-        evaluation = _Evaluation(recipe, run, base, plan, packed=trained.packed)
+        evaluation = _Evaluation(recipe, run, base, plan, stop_ids=data.stop_ids, packed=trained.packed)
         measured = {who: evaluation.measure(who) for who in _WHO}
         tests = {name: _compare({who: measured[who][name] for who in _WHO}) for name in measured["tuned"]}
         for who in _WHO:
@@ -87,6 +87,25 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
         write_record(folder / "card.json", card)
     run.tell("finished", stage="evaluate", seconds=card.seconds)
     return card
+
+
+def rehearse(recipe: Recipe, run: Run) -> None:
+    """Scores every reference against itself, so that a pattern or an extra that is missing is told before anything is trained.
+
+    Raises:
+        DataError: a reference that cannot be scored.
+        UsageError: a metric's extra is not installed.
+    """
+    for name in recipe.data.test:
+        items = _test_items(recipe, run, name)
+        references = [item.reference for item in items]
+        for task in recipe.evaluate.tasks:
+            metrics.score(task, references, references, [item.id for item in items])
+
+
+def _test_items(recipe: Recipe, run: Run, name: str) -> list[TestItem]:
+    lines = read_json_lines(run.data / "tests" / f"{name}.jsonl")
+    return [TestItem.model_validate(line) for line in lines[: recipe.evaluate.limit]]
 
 
 def _fingerprint(recipe: Recipe, run: Run, data: DataCard, base: ResolvedModel) -> str:
@@ -118,17 +137,13 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
 class _Evaluation:
     """What is the same for both models: items, template, decoding."""
 
-    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, *, packed: bool) -> None:
-        self.recipe, self.run, self.base = recipe, run, base
+    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, *, stop_ids: list[int], packed: bool) -> None:
+        self.recipe, self.run, self.base, self.stop_ids = recipe, run, base, stop_ids
         self.device = devices.choose(plan.machine.device)
         self.layout = {"budget_tokens": plan.micro_batch_tokens, "packed": packed}
-        self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
+        self.tokenizer = load_tokenizer(run.model)  # as training had it, its chat template included
         self.renderer = ChatRenderer(self.tokenizer, recipe.data.template_date, recipe.model.source)
-        self.items = {name: self._items(name) for name in recipe.data.test}
-
-    def _items(self, name: str) -> list[TestItem]:
-        lines = read_json_lines(self.run.data / "tests" / f"{name}.jsonl")
-        return [TestItem.model_validate(line) for line in lines[: self.recipe.evaluate.limit]]
+        self.items = {name: _test_items(recipe, run, name) for name in recipe.data.test}
 
     def measure(self, who: Who) -> dict[str, _Measured]:
         """Scores and predictions of a model by test set; the validation loss comes as a set of its own."""
@@ -153,7 +168,7 @@ class _Evaluation:
             greedy(
                 model,
                 prompt_ids,
-                stop_ids=self.renderer.stop_ids(),
+                stop_ids=self.stop_ids,
                 max_new_tokens=self.recipe.evaluate.max_new_tokens,
             ),
             start=1,

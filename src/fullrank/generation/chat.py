@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TextIteratorStreamer
 
-from fullrank.errors import UsageError
-from fullrank.generation.decode import greedy_arguments
+from fullrank.generation.decode import greedy_arguments, room_for_answer
 from fullrank.sequences.chat import ChatRenderer
 
 
@@ -22,14 +21,23 @@ class ChatSession:
         model: on its device.
         renderer: of the model's tokenizer; without a chat template each message is continued as plain text.
         system: system turn that every conversation begins with.
+        stop_ids: what ends an answer.
         max_new_tokens: longest answer.
     """
 
     def __init__(
-        self, name: str, model: PreTrainedModel, renderer: ChatRenderer, *, system: str | None, max_new_tokens: int
+        self,
+        name: str,
+        model: PreTrainedModel,
+        renderer: ChatRenderer,
+        *,
+        system: str | None,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
     ) -> None:
         self.name = name
-        self._model, self._renderer, self._max_new_tokens = model, renderer, max_new_tokens
+        self._model, self._renderer = model, renderer
+        self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
         self._opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
 
@@ -41,17 +49,15 @@ class ChatSession:
         """The model's answer in pieces as they are decoded; it joins the conversation once complete.
 
         Raises:
-            UsageError: the conversation has grown beyond the model's context.
+            DataError: the conversation fills the model's context.
         """
         turns = [*self._messages, {"role": "user", "content": message}]
         tokenizer = self._renderer.tokenizer
         ids = self._renderer.ids(self._renderer.prompt(turns)) if self._renderer.has_template else tokenizer(message)["input_ids"]
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if context and len(ids) >= context:
-            raise UsageError(f"the conversation has {len(ids)} tokens, the model's context is {context}", hint="start over")
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids_1T = torch.tensor([list(ids)], device=self._model.device)
-        arguments = greedy_arguments(self._renderer.stop_ids(), self._max_new_tokens)
+        room = room_for_answer(self._model, len(ids), self._max_new_tokens)
+        arguments = greedy_arguments(self._stop_ids, room)
         failures: list[Exception] = []
 
         def write() -> None:

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from fullrank.errors import DataError
+
 #: A common beginning shorter than this is not worth a forward pass of its own.
 _SHORTEST_SHARED = 16
 
@@ -60,6 +62,22 @@ def greedy_arguments(stop_ids: Sequence[int], max_new_tokens: int) -> dict[str, 
     }
 
 
+def room_for_answer(model: PreTrainedModel, prompt_tokens: int, wanted: int) -> int:
+    """New tokens that fit behind a prompt: those wanted, or what is left of the model's context.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = wanted if context is None else min(wanted, context - prompt_tokens)
+    if room < 1:
+        raise DataError(
+            f"a prompt of {prompt_tokens} tokens fills the model's context of {context}",
+            hint="shorten the prompt (or evaluate.base_instructions)",
+        )
+    return room
+
+
 @torch.no_grad()
 def greedy(
     model: PreTrainedModel,
@@ -75,8 +93,11 @@ def greedy(
         model: in any mode; it is used in evaluation mode.
         prompts: prompt ids, at least one each.
         stop_ids: ids that end an answer.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; less where the model's context leaves less room.
         batch_size: prompts decoded together.
+
+    Raises:
+        DataError: a prompt fills the model's context.
     """
     was_training = model.training
     model.eval()
@@ -85,7 +106,8 @@ def greedy(
         shared = _shared_beginning(model, prompts)
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            written = _decode(model, [prompts[n] for n in numbers], shared, greedy_arguments(stop_ids, max_new_tokens))
+            room = room_for_answer(model, max(len(prompts[n]) for n in numbers), max_new_tokens)
+            written = _decode(model, [prompts[n] for n in numbers], shared, greedy_arguments(stop_ids, room))
             for n, row in zip(numbers, written, strict=True):
                 end = next((position for position, token in enumerate(row) if token in stop_ids), None)
                 yield Answer(n, row[:end], stopped=end is not None)

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,6 +51,10 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:  # sampling values without sampling, as some published models have them, are refused when saving
+        config.do_sample = True
     return config
 
 
@@ -61,6 +66,28 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
+
+
+def changed_tensors(export: Path, base: Path) -> tuple[int, int]:
+    """(stored tensors that differ from the base's in the export's type, stored tensors)."""
+    where = {name: path for path in base.glob("*.safetensors") for name in _names(path)}
+    changed = total = 0
+    for path in sorted(export.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as ours:
+            for name in ours.keys():  # noqa: SIM118 - safe_open is no mapping
+                total += 1
+                tensor = ours.get_tensor(name)
+                if name not in where:
+                    changed += 1
+                    continue
+                with safe_open(where[name], framework="pt") as theirs:
+                    changed += not torch.equal(tensor, theirs.get_tensor(name).to(tensor.dtype))
+    return changed, total
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def keys_equal(export: Path, base: Path, tied: set[str]) -> bool:
@@ -87,17 +114,42 @@ def probe_logits(model: PreTrainedModel, ids_1T: torch.Tensor) -> torch.Tensor:
     return logits.cpu()
 
 
-def fresh_process(folder: Path, ids_1T: torch.Tensor, device: torch.device, scratch: Path) -> tuple[torch.Tensor, set[str]]:
-    """Loads an export in a new Python process: (its logits_1TV on the probe, the names of its tied tensors).
+@dataclass(frozen=True)
+class Fresh:
+    """What a new process found in an export."""
+
+    logits_1TV: torch.Tensor
+    tied: set[str]
+    text_ids: list[int]
+    """Its tokens of the probe's text."""
+    chat_template: str | None
+    stop_ids: list[int]
+
+
+def fresh_process(folder: Path, ids_1T: torch.Tensor, text: str, device: torch.device, scratch: Path) -> Fresh:
+    """Loads an export in a new Python process and asks it for logits, ties, tokens of a text, template and stop tokens.
 
     Raises:
         ProofError: when the process cannot load it.
     """
-    request = {"folder": str(folder), "ids": ids_1T[0].tolist(), "device": str(device), "threads": torch.get_num_threads()}
+    request = {
+        "folder": str(folder),
+        "ids": ids_1T[0].tolist(),
+        "text": text,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
     (scratch / "probe.json").write_text(json.dumps(request), encoding="utf-8")
     logits = scratch / "logits.safetensors"
     command = [sys.executable, "-m", "fullrank.models.fresh", str(scratch / "probe.json"), str(logits)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ProofError(f"{folder}: a fresh process cannot load the export:\n{done.stderr.strip()[-2000:]}")
-    return load_file(logits)["logits"], set(json.loads(done.stdout.splitlines()[-1])["tied"])
+    facts = json.loads(done.stdout.splitlines()[-1])
+    return Fresh(
+        logits_1TV=load_file(logits)["logits"],
+        tied=set(facts["tied"]),
+        text_ids=facts["text_ids"],
+        chat_template=facts["chat_template"],
+        stop_ids=facts["stop_ids"],
+    )

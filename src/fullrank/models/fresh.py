@@ -1,6 +1,6 @@
 """What a fresh process makes of an export: `python -m fullrank.models.fresh probe.json logits.safetensors`.
 
-Loads the folder as any user would, writes its logits on the probe, and prints the names of its tied tensors.
+Loads the folder as any user would, writes its logits on the probe, and prints its ties, tokens, template and stop tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fullrank.models.export import probe_logits, tied_names
-from fullrank.models.load import load_model
+from fullrank.models.load import load_model, load_tokenizer
 
 
 def main(request_path: str, logits_path: str) -> None:
@@ -23,7 +23,15 @@ def main(request_path: str, logits_path: str) -> None:
     model = load_model(Path(request["folder"]), device=torch.device(request["device"]), dtype=None)
     logits = probe_logits(model, torch.tensor([request["ids"]]))
     save_file({"logits": logits.contiguous()}, logits_path)
-    print(json.dumps({"tied": sorted(tied_names(model))}))
+    tokenizer = load_tokenizer(Path(request["folder"]))
+    stops = model.generation_config.eos_token_id if model.generation_config else None
+    facts = {
+        "tied": sorted(tied_names(model)),
+        "text_ids": tokenizer(request["text"], add_special_tokens=False)["input_ids"],
+        "chat_template": tokenizer.chat_template,
+        "stop_ids": stops if isinstance(stops, list) else [stops],
+    }
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None 
     Raises:
         ModelError: when weights are missing: a tensor made up at random is never trained on or measured.
     """
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # transformers draws bars of its own
     config = load_config(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -138,12 +141,38 @@ def _refuse_unsafe(folder: Path, name: str) -> None:
             f"{name}: its model_type {config['model_type']!r} is no causal language model",
             hint="use a model that transformers loads with AutoModelForCausalLM",
         )
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{name}: its weights are quantized ({config['quantization_config'].get('quant_method', 'unnamed method')})",
+            hint="full fine-tuning needs the unquantized model",
+        )
     if config.get("model_type") not in CONFIG_MAPPING:
         own_code = " and brings code of its own, which is never run" if "auto_map" in config else ""
         raise ModelError(
             f"{name}: transformers does not implement its model_type {config.get('model_type')!r}{own_code}",
             hint="use a model whose architecture is part of transformers",
         )
+
+
+def _stored_dtype(folder: Path) -> str:
+    """The type that most numbers of a folder's safetensors are stored in, by torch's name."""
+    sizes: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    view = file.get_slice(name)
+                    sizes[view.get_dtype()] += math.prod(view.get_shape())
+        except SafetensorError as error:
+            raise ModelError(f"{path}: not a whole safetensors file: {error}", hint="fetch or copy it again") from None
+    names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    most = sizes.most_common(1)[0][0]
+    if most not in names:
+        raise ModelError(
+            f"{folder}: its weights are stored as {most}, which cannot be trained",
+            hint=f"use the unquantized model; trainable types are {', '.join(names)}",
+        )
+    return names[most]
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -175,7 +204,7 @@ def _facts(folder: Path, source: str, kind: Literal["embedded", "folder", "hub"]
         fingerprint=fingerprint({path.name: file_digest(path) for path in files}),
         architecture=type(skeleton).__name__,
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        dtype=_stored_dtype(folder),
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
         heads=heads,

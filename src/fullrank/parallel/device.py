@@ -67,7 +67,17 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(device)
         return total, free
     memory = psutil.virtual_memory()
-    return memory.total, memory.available
+    limit, used = (_number_in(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is None:  # no container, or one without a limit
+        return memory.total, memory.available
+    return min(memory.total, limit), min(memory.available, limit - (used or 0))
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 def device_peak_bytes(device: torch.device) -> int | None:

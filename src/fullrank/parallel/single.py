@@ -34,7 +34,7 @@ class SingleDevice:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._reached: dict[str, bool] = dict.fromkeys(self._named, False)
         if recompute == "block":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _recompute_blocks(model)
 
     def step(
         self, micro_batches: Iterable[MicroBatch], supervised_tokens: int, *, learning_rate: float, seed: int
@@ -117,3 +117,12 @@ class SingleDevice:
 
     def never_reached(self) -> set[str]:
         return {name for name, reached in self._reached.items() if not reached}
+
+
+def _recompute_blocks(model: PreTrainedModel) -> None:
+    """Activation checkpointing of every block, by the name that this transformers has for it."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # newer releases warn of the old name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)

@@ -59,8 +59,10 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
     machine = look(recipe.machine, run.root)
     current = _fingerprint(recipe, card, base, machine)
     plan = read_record(run.plan_path, Plan)
-    if plan and plan.fingerprint == current and plan.fits:
+    begun = (run.train / "inputs.json").is_file() and plan is not None and plan.machine.device == machine.device
+    if plan and plan.fits and (plan.fingerprint == current or begun):
         run.tell("reused", stage="plan", what="the plan made before")
+        _refuse_what_no_longer_fits(plan, machine, run)
     else:
         run.tell("started", stage="plan")
         with Meter() as meter:
@@ -73,12 +75,27 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
     return plan
 
 
+def _refuse_what_no_longer_fits(plan: Plan, machine: MachineFacts, run: Run) -> None:
+    """A plan is kept, so that a continued run computes in the same rows; but free memory may have gone since.
+
+    Raises:
+        FitError: less is free now than the plan needs, and training is not done.
+    """
+    if plan.peak_bytes_predicted <= machine.memory_available_bytes or (run.train / "card.json").is_file():
+        return
+    raise FitError(
+        f"does not fit any more: the plan needs {format_bytes(plan.peak_bytes_predicted)}, "
+        f"{format_bytes(machine.memory_available_bytes)} are available now",
+        hint=f"free memory, or delete {run.plan_path} to plan smaller rows (the steps stay the same, up to rounding)",
+    )
+
+
 def _fingerprint(recipe: Recipe, card: DataCard, base: ResolvedModel, machine: MachineFacts) -> str:
     return fingerprint(
         recipe.train.model_dump(mode="json"),
         recipe.machine.model_dump(mode="json"),
         recipe.export.model_dump(mode="json"),
-        card.fingerprint,
+        card.training_fingerprint,
         base.facts.fingerprint,
         [machine.device, machine.device_name, machine.threads, machine.memory_bytes],
     )
@@ -200,10 +217,10 @@ def _step_tokens(store: TokenStore, order: Order) -> Iterator[int]:
 
 
 def _disk_bytes(recipe: Recipe, base: ResolvedModel) -> int:
-    """Two checkpoints (the next is complete before the last one goes), the best weights, and the export."""
+    """Two checkpoints (the next is complete before the last one goes), three of the best weights likewise, and the export."""
     n = base.facts.parameters
     stored = {"float32": 4}.get(base.facts.dtype, 2) if recipe.export.dtype == "base" else DTYPES[recipe.export.dtype].itemsize
-    return n * (2 * 12 + 4 + stored)
+    return n * (2 * 12 + 3 * 4 + stored)
 
 
 def _memory_refusal(choice: _Choice, machine: MachineFacts, base: ResolvedModel, recipe: Recipe, store: TokenStore) -> str:
@@ -222,7 +239,7 @@ def _memory_refusal(choice: _Choice, machine: MachineFacts, base: ResolvedModel,
             f"machine.memory_limit (or memory) of at least {format_bytes(choice.peak_bytes)}, or a smaller model.source"
         )
     length = int(store.lengths.max())
-    while length > 1 and fixed + sum(
+    while length > 2 and fixed + sum(
         line.bytes for line in choice.ledger if line.part in by_row
     ) * length / store.lengths.max() > (machine.memory_available_bytes):
         length -= max(1, length // 50)

@@ -12,12 +12,10 @@ from typing import Any
 
 import yaml
 
+from fullrank.models.embedded import EMBEDDED
 from fullrank.records import TestScores
 from fullrank.report.gather import Report, interval_text, metric_name, rule_of_three_text, score_text, without_width
 from fullrank.units import format_bytes, format_count, format_seconds, plural
-
-#: Hub ids of the models that embedded ones approximate: their weights come from a 4-bit file.
-EMBEDDED_ORIGINALS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def write(report: Report) -> str:
@@ -55,7 +53,7 @@ def _base_id(report: Report) -> str | None:
     """Hub id of the base model, where there is one."""
     model = report.train.model
     if model.kind == "embedded":
-        return EMBEDDED_ORIGINALS.get(model.source)
+        return EMBEDDED[model.source].original
     return model.source if model.kind == "hub" else None
 
 
@@ -161,7 +159,7 @@ def _training(report: Report) -> str:
     proof = train.proof
     if proof.export_logits_identical:
         facts.append(
-            f"{proof.changed_tensors:,} of {proof.trainable_tensors:,} trainable tensors changed; reloaded in a "
+            f"{proof.changed_tensors:,} of {proof.trainable_tensors:,} trainable tensors changed in training; reloaded in a "
             "fresh process, these "
             f"{proof.export_dtype} weights give the logits of the trained model bit for bit "
             f"({plural(proof.export_probe_tokens, 'token')} compared)"

@@ -399,7 +399,7 @@ def _training_rules(train: TrainCard) -> tuple[Rule, ...]:
     proof = train.proof
     reached = proof.trainable_tensors - len(proof.never_reached_tensors)
     never = f", {len(proof.never_reached_tensors)} never reached by a gradient" if proof.never_reached_tensors else ""
-    export_holds = proof.export_logits_identical and proof.export_keys_equal and proof.ties_kept
+    export_holds = proof.export_logits_identical and proof.export_keys_equal and proof.ties_kept and proof.tokenizer_travels
     return (
         Rule(
             "The validation loss of the exported weights is below the base model's",
@@ -407,7 +407,7 @@ def _training_rules(train: TrainCard) -> tuple[Rule, ...]:
             train.validation_loss_best < train.validation_loss_before,
         ),
         Rule(
-            "Every trainable tensor that a gradient reached has changed",
+            "Every trainable tensor that a gradient reached has changed in training",
             f"{proof.changed_tensors:,} of {proof.trainable_tensors:,}{never}",
             proof.changed_tensors >= reached,
         ),

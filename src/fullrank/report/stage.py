@@ -12,7 +12,7 @@ from fullrank.errors import UsageError
 from fullrank.report import card, html
 from fullrank.report.figures import Figure, draw
 from fullrank.report.gather import Report, gather
-from fullrank.run import Run, new_folder, write_manifest, write_text
+from fullrank.run import Run, new_folder, refresh_manifest, write_text
 
 
 def stage(run: Run) -> Path:
@@ -35,7 +35,7 @@ def stage(run: Run) -> Path:
             (folder / "figures" / f"{figure.name}.png").write_bytes(figure.png)
     if report.export:
         write_text(run.model / "README.md", card.write(report))
-        write_manifest(run.model)
+        refresh_manifest(run.model, "README.md")
     return run.report / "index.html"
 
 

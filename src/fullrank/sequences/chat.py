@@ -53,6 +53,7 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.name = name
         self._clock = datetime.datetime.combine(template_date, datetime.time(12))
+        self._turn_ends: set[int] = set()
         self._special = {token for token in tokenizer.get_added_vocab() if self._is_control(token)}
         if tokenizer.eos_token:
             self._special.add(tokenizer.eos_token)
@@ -120,6 +121,7 @@ class ChatRenderer:
         if loss_on == "completion":
             spans = spans[-1:]
         tokens = self._tokenize(whole, spans)
+        self._turn_ends.add(tokens.ids[max(n for n, inside in enumerate(tokens.supervised) if inside)])
         return Tokens(tokens.ids, [True] * len(tokens.ids)) if loss_on == "all" else tokens
 
     def pair(self, prompt: str, completion: str, *, loss_on: LossOn = "assistant") -> Tokens:
@@ -229,12 +231,8 @@ class ChatRenderer:
         return int(eos)
 
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the end-of-sequence token and the template's own end-of-turn token."""
-        stops = {self.tokenizer.eos_token_id}
-        if self.has_template:
-            probe = self.conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-            last_supervised = max(n for n, inside in enumerate(probe.supervised) if inside)
-            stops.add(probe.ids[last_supervised])
+        """Ids that end an answer: the end-of-sequence token, and what ended the answers of the conversations rendered so far."""
+        stops = {self.tokenizer.eos_token_id, *self._turn_ends}
         return sorted(int(stop) for stop in stops if stop is not None)
 
 

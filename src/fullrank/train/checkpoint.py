@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from fullrank.errors import TrainingError
 from fullrank.parallel.engine import EngineState
 from fullrank.run import new_folder, verify_manifest, write_manifest
 
@@ -49,7 +50,7 @@ def newest(checkpoints: Path, complain: Callable[[str], None]) -> Path | None:
         problem = verify_manifest(folder)
         if problem is None:
             return folder
-        complain(f"{folder.name}: {problem}; going back to the one before")
+        complain(f"the checkpoint {folder.name} is not used: {problem}")
     return None
 
 
@@ -60,15 +61,29 @@ def load(folder: Path) -> tuple[int, EngineState, dict[str, Any]]:
     return everything["step"], EngineState(tensors, everything["engine"]), everything["loop"]
 
 
-def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Writes a folder with weights alone: the best so far."""
-    with new_folder(folder) as partial:
+def save_weights(best: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+    """Writes `step-00000500/` with weights alone: the best so far. The one before stays too, for a run that continues from a
+    checkpoint older than this."""
+    with new_folder(best / f"step-{step:08d}") as partial:
         save_file({name: _storable(tensor) for name, tensor in weights.items()}, partial / "weights.safetensors")
         write_manifest(partial)
+    for old in sorted(best.glob("step-*"))[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights `save_weights` wrote."""
+def load_weights(best: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights `save_weights` wrote after a step.
+
+    Raises:
+        TrainingError: they are not there, or damaged.
+    """
+    folder = best / f"step-{step:08d}"
+    problem = verify_manifest(folder)
+    if problem:
+        raise TrainingError(
+            f"{folder}: the weights of the lowest validation loss cannot be used: {problem}",
+            hint=f"delete {best.parent} to train again",
+        )
     return load_file(folder / "weights.safetensors")
 
 

@@ -68,8 +68,11 @@ def export_and_prove(
     expected = export.probe_logits(model, probe_ids_1T)
     tied = export.tied_names(model)
     export.write_model(model, tokenizer, stop_ids, folder)
+    text = str(tokenizer.decode(probe_ids_1T[0].tolist(), clean_up_tokenization_spaces=False))
     with tempfile.TemporaryDirectory(prefix="fullrank-") as scratch:
-        found, found_tied = export.fresh_process(folder, probe_ids_1T, model.device, Path(scratch))
+        fresh = export.fresh_process(folder, probe_ids_1T, text, model.device, Path(scratch))
+    found = fresh.logits_1TV
+    changed, stored = export.changed_tensors(folder, base.folder)
     proof = Proof(
         trainable_tensors=len(trainable),
         changed_tensors=len(trainable) - len(unreached),
@@ -78,12 +81,19 @@ def export_and_prove(
         export_keys_equal=export.keys_equal(folder, base.folder, tied),
         export_logits_identical=torch.equal(expected, found),
         export_probe_tokens=probe_ids_1T.numel(),
-        ties_kept=tied == found_tied and bool(tied) == base.facts.tied_embeddings,
+        export_changed_tensors=changed,
+        export_tensors=stored,
+        ties_kept=tied == fresh.tied and bool(tied) == base.facts.tied_embeddings,
+        tokenizer_travels=fresh.text_ids == list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        and fresh.chat_template == tokenizer.chat_template
+        and sorted(fresh.stop_ids) == sorted(stop_ids),
     )
     if not proof.export_keys_equal:
         raise ProofError(f"{folder}: the export's tensors are not the base model's: names or shapes differ")
     if not proof.ties_kept:
-        raise ProofError(f"{folder}: tied weights came apart: {sorted(tied ^ found_tied) or 'input and output embeddings'}")
+        raise ProofError(f"{folder}: tied weights came apart: {sorted(tied ^ fresh.tied) or 'input and output embeddings'}")
+    if not proof.tokenizer_travels:
+        raise ProofError(f"{folder}: a fresh process finds another tokenizer, chat template or stop tokens than training used")
     if not proof.export_logits_identical:
         worst = float((expected.float() - found.float()).abs().max()) if expected.shape == found.shape else float("nan")
         raise ProofError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fullrank.errors import Stopped, UsageError
+from fullrank.errors import FitError, ProofError, Stopped, UsageError
 from fullrank.loading import differences
 from fullrank.meter import Meter
 from fullrank.models.export import export_dtype
@@ -34,16 +34,17 @@ from fullrank.run import (
     new_folder,
     read_json_lines,
     read_record,
+    verify_manifest,
     write_manifest,
     write_record,
     write_text,
 )
-from fullrank.sequences.chat import ChatRenderer
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint, proof
 from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation
 from fullrank.train.loop import Layout, Step, steps, validation_loss
+from fullrank.units import format_bytes
 
 #: Saving may take at most this share of the time, and happens at most once a minute.
 _SAVING_SHARE = 0.03
@@ -65,16 +66,26 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
     inputs = _inputs(recipe, data, base)
     current = fingerprint(inputs)
     card = read_record(run.train / "card.json", TrainCard)
-    if card and card.fingerprint == current and (run.model / "MANIFEST.json").is_file():
+    if card and card.fingerprint == current and run.model.is_dir():
+        _refuse_damaged_export(run)
         run.tell("reused", stage="train", what=f"the model trained before ({card.steps} steps)")
         return card
-    _refuse_other_inputs(run, inputs)
+    _begin(run, inputs)
     run.tell("started", stage="train")
     with Meter() as meter:
-        training = _Training(recipe, run, base, data, plan)
-        training.fit()
+        training = _Training(recipe, run, base, data, plan, meter)
+        try:
+            training.fit()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
+                raise
+            raise FitError(
+                f"out of memory after step {training.progress.step}, although {format_bytes(plan.peak_bytes_predicted)} were "
+                f"planned of {format_bytes(plan.machine.memory_available_bytes)}",
+                hint=f"set machine.memory_limit lower and delete {run.plan_path}: a new plan takes smaller rows",
+            ) from error
         checked = training.export()
-    card = training.card(current, meter, checked)
+    card = training.card(current, checked)
     write_record(run.train / "card.json", card)
     for leftover in (training.checkpoints, training.best_folder):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -86,14 +97,26 @@ def _inputs(recipe: Recipe, data: DataCard, base: ResolvedModel) -> dict[str, An
     """Everything the trained weights depend on; the plan is not among it."""
     return {
         "model": base.facts.fingerprint,
-        "data": data.fingerprint,
+        "data": data.training_fingerprint,
         "train": recipe.train.model_dump(mode="json"),
         "export": recipe.export.model_dump(mode="json"),
     }
 
 
-def _refuse_other_inputs(run: Run, inputs: dict[str, Any]) -> None:
-    """Training begun with one recipe is never continued with another."""
+def _refuse_damaged_export(run: Run) -> None:
+    problem = verify_manifest(run.model, ignoring={"README.md"})  # a model card may be edited
+    if problem:
+        raise ProofError(
+            f"{run.model}: {problem}, so it is not the model that was proven",
+            hint=f"restore the file, or delete {run.train} and {run.model} to train again",
+        )
+
+
+def _begin(run: Run, inputs: dict[str, Any]) -> None:
+    """Notes what is trained on; training begun with one recipe is never continued with another.
+
+    What an earlier model of this folder scored says nothing of the new one, so it goes.
+    """
     path = run.train / "inputs.json"
     begun = read_json_lines(path)
     if begun and begun[0] != inputs:
@@ -102,7 +125,10 @@ def _refuse_other_inputs(run: Run, inputs: dict[str, Any]) -> None:
             f"{run.root}: its training was begun with other inputs:\n{changed}",
             hint=f"give this recipe another `name`, or delete {run.train} and {run.model} to train anew",
         )
-    write_text(path, _json_line(inputs))
+    if not begun:
+        for stale in (run.evaluate, run.report):
+            shutil.rmtree(stale, ignore_errors=True)
+        write_text(path, _json_line(inputs))
 
 
 def _json_line(facts: dict[str, Any]) -> str:
@@ -119,7 +145,10 @@ class _Progress:
     last_loss: float = float("inf")
     first_loss: float = float("inf")
     without_improvement: int = 0
+    loss_to_beat: float = float("inf")
     loop_seconds: float = 0.0
+    peak_bytes: int = 0
+    device_peak_bytes: int = 0
     resumed_from: list[int] = field(default_factory=list)
 
     def validated(self, loss: float, step: int, stopping: EarlyStopping | None) -> bool:
@@ -128,18 +157,21 @@ class _Progress:
             self.first_loss = loss
             return False
         self.last_loss = loss
-        if loss < self.best_loss - (stopping.min_delta if stopping else 0.0):
-            self.best_loss, self.best_step, self.without_improvement = loss, step, 0
-            return True
-        self.without_improvement += 1
-        return False
+        if loss < self.loss_to_beat - (stopping.min_delta if stopping else 0.0):  # min_delta is about patience alone
+            self.loss_to_beat, self.without_improvement = loss, 0
+        else:
+            self.without_improvement += 1
+        is_best = loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step = loss, step
+        return is_best
 
 
 class _Training:
     """One sitting of a training run."""
 
-    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, plan: Plan) -> None:
-        self.recipe, self.run, self.base, self.plan = recipe, run, base, plan
+    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, plan: Plan, meter: Meter) -> None:
+        self.recipe, self.run, self.base, self.data, self.meter = recipe, run, base, data, meter
         self.device = devices.choose(plan.machine.device)
         devices.reset_peak(self.device)
         self.checkpoints = run.train / "checkpoints"
@@ -157,9 +189,10 @@ class _Training:
         self.layout = Layout(plan.micro_batch_tokens, packed)
         self.engine: Engine = SingleDevice(self.model, recipe.train, recompute=plan.recompute)
         self.progress = _Progress()
-        self.stopped_early = False
+        self._sitting_started = time.monotonic()
         self._last_save = time.monotonic()
         self._save_seconds = 0.0
+        self._saved_step = -1
 
     # ---- the loop's consumer ----------------------------------------------------------------------------------------
 
@@ -199,10 +232,10 @@ class _Training:
                     f"stopped at step {self.progress.step} of {self.order.steps}; the state is saved in {self.checkpoints}",
                     hint="type the same command to continue",
                 ) from None
-        self._add_sitting_seconds()
-        self.stopped_early = self.progress.step < self.order.steps
+        if self._saved_step != self.progress.step:
+            self._save()  # whatever happens to the export, no step is done twice
         if self.progress.best_step != self.progress.step:
-            self.engine.load_weights(checkpoint.load_weights(self.best_folder))
+            self.engine.load_weights(checkpoint.load_weights(self.best_folder, self.progress.best_step))
 
     def _record(self, step: Step, validation_loss: float | None) -> None:
         row = step.row.model_copy(update={"validation_loss": validation_loss})
@@ -220,7 +253,7 @@ class _Training:
         check_finite_validation(loss, step)
         is_best = self.progress.validated(loss, step, self.recipe.train.early_stopping)
         if is_best and step < self.order.steps:  # the last step's weights are still in memory when they are exported
-            checkpoint.save_weights(self.best_folder, dict(self.engine.weights()))
+            checkpoint.save_weights(self.best_folder, step, self.engine.weights())
         self.run.tell("validation", step=step, loss=loss, best=is_best)
         return loss
 
@@ -238,16 +271,19 @@ class _Training:
 
     def _save(self) -> None:
         started = time.monotonic()
-        self._add_sitting_seconds()
+        self._take_stock()
         checkpoint.save(self.checkpoints, self.progress.step, self.engine.state(), asdict(self.progress))
-        self._last_save = time.monotonic()
+        self._last_save, self._saved_step = time.monotonic(), self.progress.step
         self._save_seconds = self._last_save - started
         self.run.tell("saved", step=self.progress.step, seconds=self._save_seconds)
 
-    def _add_sitting_seconds(self) -> None:
+    def _take_stock(self) -> None:
+        """Brings seconds and peaks of this sitting into the progress, which outlives it."""
         now = time.monotonic()
         self.progress.loop_seconds += now - self._sitting_started
         self._sitting_started = now
+        self.progress.peak_bytes = max(self.progress.peak_bytes, self.meter.peak_bytes)
+        self.progress.device_peak_bytes = max(self.progress.device_peak_bytes, devices.device_peak_bytes(self.device) or 0)
 
     def _resume(self) -> None:
         def complain(words: str) -> None:
@@ -260,7 +296,10 @@ class _Training:
             self.engine.load_state(state)
             self.progress = _Progress(**facts)
             self.progress.resumed_from.append(step)
+            self._saved_step = step
             self.run.tell("resumed", step=step, steps=self.order.steps)
+        elif any(self.checkpoints.glob("step-*")):
+            complain("no checkpoint is whole: starting again from the base model")
         for path in (self.steps_path, self.ledger_path):  # what came after the checkpoint is done again
             kept = [line for line in read_json_lines(path) if line["step"] <= step and folder is not None]
             write_text(path, "".join(_json_line(line) for line in kept))
@@ -275,14 +314,13 @@ class _Training:
         del base_model
         unreached = proof.check_changed(unchanged, self.engine.never_reached())
         del self.engine  # the optimizer's memory
-        renderer = ChatRenderer(self.tokenizer, self.recipe.data.template_date, self.recipe.model.source)
         with new_folder(self.run.model) as folder:
             checked = proof.export_and_prove(
                 self.model,
                 self.tokenizer,
                 self.base,
                 dtype=export_dtype(self.recipe.export.dtype, self.base.facts.dtype),
-                stop_ids=renderer.stop_ids(),
+                stop_ids=self.data.stop_ids,
                 probe_ids_1T=torch.from_numpy(self.validation_store[0].ids[:_PROBE_TOKENS].astype("int64"))[None],
                 unreached=unreached,
                 folder=folder,
@@ -290,18 +328,18 @@ class _Training:
             write_manifest(folder)
         return checked
 
-    def card(self, current: str, meter: Meter, checked: Proof) -> TrainCard:
+    def card(self, current: str, checked: Proof) -> TrainCard:
         """What this run's training did, over all its sittings."""
         rows = [StepRow.model_validate(line) for line in read_json_lines(self.steps_path)]
         tokens = sum(row.tokens for row in rows)
         return TrainCard(
             fingerprint=current,
-            seconds=meter.seconds,
-            peak_bytes=meter.peak_bytes,
+            seconds=self.meter.seconds,
+            peak_bytes=max(self.progress.peak_bytes, self.meter.peak_bytes),
             model=self.base.facts,
             steps=self.progress.step,
             steps_planned=self.order.steps,
-            stopped_early=self.stopped_early,
+            stopped_early=self.progress.step < self.order.steps,
             best_step=self.progress.best_step,
             examples_seen=sum(row.examples for row in rows),
             tokens_seen=tokens,
@@ -312,7 +350,7 @@ class _Training:
             loop_seconds=self.progress.loop_seconds,
             tokens_per_second=tokens / sum(row.seconds for row in rows),
             packed=self.layout.packed,
-            device_peak_bytes=devices.device_peak_bytes(self.device),
+            device_peak_bytes=self.progress.device_peak_bytes or None,
             resumed_from_steps=self.progress.resumed_from,
             proof=checked,
         )

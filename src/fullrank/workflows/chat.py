@@ -13,7 +13,8 @@ from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.source import resolve
 from fullrank.parallel import device as devices
 from fullrank.recipe import Data, Model
-from fullrank.run import find_run, read_json_lines
+from fullrank.records import DataCard
+from fullrank.run import Run, find_run, need_record, read_json_lines
 from fullrank.sequences.chat import ChatRenderer
 
 
@@ -30,26 +31,42 @@ def open_chat(target: str, runs_dir: Path, *, use_base: bool, system: str | None
     Raises:
         UsageError: no such run, or it has no exported model yet.
     """
-    device = devices.choose("auto")
     if (Path(target) / "config.json").is_file():
-        folder, date, template = resolve(Model(source=target)).folder, Data.model_fields["template_date"].default, None
+        if use_base:
+            raise UsageError(f"{target}: a model folder has no base model to talk to", hint="--base is for runs")
+        folder = tokenizer_folder = resolve(Model(source=target)).folder
+        date, device, stop_ids = Data.model_fields["template_date"].default, "auto", None
     else:
         run = find_run(target, runs_dir)
         recipe = load(run.recipe_path, need_files=False).recipe
-        date, template = recipe.data.template_date, recipe.data.chat_template
-        if system is None:
-            system = _system_of(run.data / "tests")
-        if use_base:
-            folder = resolve(recipe.model).folder
-        elif (run.model / "MANIFEST.json").is_file():
-            folder = run.model
-        else:
-            raise UsageError(
-                f"{run.root}: no model has been exported yet", hint=f"finish it with: fullrank run {run.recipe_path}"
-            )
-    model = load_model(folder, device=device, dtype=torch.float32 if device.type == "cpu" else None)
-    renderer = ChatRenderer(load_tokenizer(folder, template), date, str(folder))
-    return ChatSession(f"{target}{' (base)' if use_base else ''}", model, renderer, system=system, max_new_tokens=max_new_tokens)
+        date, device = recipe.data.template_date, recipe.machine.device
+        stop_ids = need_record(run.data / "card.json", DataCard, "run").stop_ids
+        system = _system_of(run.data / "tests") if system is None else system
+        tokenizer_folder = _export_of(run)  # the base is asked through the template that training used
+        folder = resolve(recipe.model).folder if use_base else tokenizer_folder
+    chosen = devices.choose(device)
+    model = load_model(folder, device=chosen, dtype=torch.float32 if chosen.type == "cpu" else None)
+    renderer = ChatRenderer(load_tokenizer(tokenizer_folder), date, str(folder))
+    return ChatSession(
+        f"{target}{' (base)' if use_base else ''}",
+        model,
+        renderer,
+        system=system,
+        stop_ids=stop_ids or _stops_of(model, renderer),
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _export_of(run: Run) -> Path:
+    if not (run.model / "MANIFEST.json").is_file():
+        raise UsageError(f"{run.root}: no model has been exported yet", hint=f"finish it with: fullrank run {run.root}")
+    return run.model
+
+
+def _stops_of(model: torch.nn.Module, renderer: ChatRenderer) -> list[int]:
+    """What a model folder itself says ends an answer."""
+    told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [told] if isinstance(told, int) else list(told or renderer.stop_ids())
 
 
 def _system_of(tests: Path) -> str | None:

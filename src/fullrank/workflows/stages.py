@@ -46,6 +46,8 @@ def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: L
         base = resolve(recipe.model, lambda words: run.tell("note", stage="model", words=words))
         for name in STAGES[: STAGES.index(last) + 1]:
             _run_stage(name, recipe, run, base)
+            if name == "data":
+                evaluate_stage.rehearse(recipe, run)
     return run
 
 
@@ -72,7 +74,7 @@ def opened(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = Non
         UsageError: the folder is in use, cannot be written, or holds training begun with another recipe.
     """
     recipe = _resolved(loaded.recipe)
-    run = Run(runs_dir / recipe.name, listener)
+    run = Run(loaded.run_root or runs_dir / recipe.name, listener)
     with run.locked():
         _refuse_other_recipe(run, recipe)
         write_text(run.recipe_path, _header(loaded) + dump(recipe))
@@ -96,15 +98,23 @@ def _refuse_other_recipe(run: Run, recipe: Recipe) -> None:
     """A run that has begun to train keeps what it trains on and how; evaluation and report may change."""
     if not (run.train / "inputs.json").exists() or not run.recipe_path.exists():
         return
-    sections = ("model", "data", "train", "export")
-    begun = yaml.safe_load(run.recipe_path.read_text(encoding="utf-8"))
-    now = yaml.safe_load(dump(recipe))
-    changed = differences({s: begun.get(s) for s in sections}, {s: now[s] for s in sections})
+    begun = _what_is_trained(yaml.safe_load(run.recipe_path.read_text(encoding="utf-8")))
+    changed = differences(begun, _what_is_trained(yaml.safe_load(dump(recipe))))
     if changed:
         raise UsageError(
             f"{run.root}: its training was begun with another recipe:\n" + "\n".join(changed),
             hint=f"give this recipe another `name`, or delete {run.root} to start anew",
         )
+
+
+def _what_is_trained(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The sections that training depends on, without the places of files, whose content has a fingerprint of its own."""
+    sections = {name: dict(recipe.get(name) or {}) for name in ("model", "data", "train", "export")}
+    for key in ("train", "test", "chat_template"):
+        sections["data"].pop(key, None)
+    if not isinstance(sections["data"].get("validation"), dict):
+        sections["data"].pop("validation", None)
+    return sections
 
 
 def _header(loaded: LoadedRecipe) -> str:

@@ -122,8 +122,8 @@ def test_other_forms_are_converted_aloud(case: Path) -> None:
     assert texts(run)[1] == "<|im_start|>user\nand the sky<|im_end|>\n<|im_start|>assistant\ngrey<|im_end|>\n"
     assert card.train.formats == {"alpaca": 1, "sharegpt": 1, "messages": 2}
     assert [note.partition(":")[0:3:2] for note in card.notes] == [
-        ("train", " 1 Alpaca records: instruction and input became the user's turn, output the assistant's"),
-        ("train", " 1 ShareGPT records: from/value became role/content"),
+        ("train", " 1 record converted from Alpaca: instruction and input became the user's turn, output the assistant's"),
+        ("train", " 1 record converted from ShareGPT: from/value became role/content"),
     ]
     assert [facts["words"] for facts in run.events("note")] == card.notes
 
@@ -218,7 +218,7 @@ def test_only_raw_text_is_chunked(long_case: Path) -> None:
     assert "".join(texts(run)) == LONG + "<|im_end|>"
     assert store.lengths[:-1].tolist() == [128] * (len(store) - 1) and 2 <= store.lengths[-1] <= 128
     assert {store.origin(n) for n in range(len(store))} == {f"{long_case.parent / 'train.jsonl'}:1"}
-    assert card.notes == ["train: 1 record longer than 128 tokens chunked"]
+    assert card.notes == ["train: 1 record longer than 128 tokens cut into pieces"]
 
 
 # ---- doing it again -------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_a_changed_template_makes_it_anew(case: Path) -> None:
     card = staged(case).data()
     (case.parent / "other.jinja").write_text(CHATML.replace("tools\\n", "tools:\\n"), encoding="utf-8")
     again = staged(case, ["data.chat_template=other.jinja"])
-    assert again.data().chat_template_fingerprint != card.chat_template_fingerprint and not again.reused("data")
+    assert again.data().training_fingerprint != card.training_fingerprint and not again.reused("data")
     renewed = again.run.data / "card.json"
     (case.parent / "other.jinja").write_text(CHATML.replace("tools\\n", "tools;\\n"), encoding="utf-8")
     before = renewed.read_bytes()
@@ -269,7 +269,7 @@ def test_a_changed_tokenizer_makes_it_anew(tmp_path: Path, model: Path) -> None:
     del document["model"]["merges"][-1]
     path.write_text(json.dumps(document), encoding="utf-8")
     again = staged(case).data()
-    assert again.tokenizer_fingerprint != card.tokenizer_fingerprint and again.fingerprint != card.fingerprint
+    assert again.training_fingerprint != card.training_fingerprint and again.fingerprint != card.fingerprint
 
 
 def test_data_prepared_before_stay_when_preparing_anew_fails(case: Path) -> None:
@@ -286,7 +286,7 @@ def test_data_under_a_run_that_trains_are_not_replaced(case: Path) -> None:
     run = staged(case)
     run.data()
     (run.run.train).mkdir()
-    (run.run.train / "inputs.json").write_text("{}\n", encoding="utf-8")
+    (run.run.train / "inputs.json").write_text(json.dumps({"data": "other"}) + "\n", encoding="utf-8")
     write_jsonl(case.parent / "train.jsonl", chat_rows(5))
     with pytest.raises(UsageError, match="training was begun on data") as caught:
         staged(case).data()

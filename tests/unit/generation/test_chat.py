@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 
-from fullrank.errors import UsageError
+from fullrank.errors import DataError
 from fullrank.generation.chat import ChatSession
 from fullrank.generation.decode import greedy
 from fullrank.sequences.chat import ChatRenderer
@@ -16,7 +16,8 @@ from fullrank.sequences.chat import ChatRenderer
 
 def session(model: Any, *, system: str | None = None, template: str | None = tiny.CHATML) -> tuple[ChatSession, ChatRenderer]:
     renderer = ChatRenderer(tiny.tokenizer(chat_template=template), datetime.date(2026, 1, 1), "tiny")
-    return ChatSession("tiny", model, renderer, system=system, max_new_tokens=6), renderer
+    talk = ChatSession("tiny", model, renderer, system=system, stop_ids=renderer.stop_ids(), max_new_tokens=6)
+    return talk, renderer
 
 
 def expected(model: Any, renderer: ChatRenderer, text: str) -> str:
@@ -46,7 +47,7 @@ def test_without_a_template_a_message_is_continued_as_text() -> None:
 
 def test_a_conversation_beyond_the_context_is_refused_in_words() -> None:
     talk, _ = session(tiny.model("llama", max_position_embeddings=16))
-    with pytest.raises(UsageError, match="the model's context is 16"):
+    with pytest.raises(DataError, match="fills the model's context of 16"):
         list(talk.answer("a long message " * 20))
 
 

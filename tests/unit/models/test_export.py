@@ -51,16 +51,19 @@ def test_a_fresh_process_computes_the_same_bits(
     tiny_model_folder: Callable[..., Path], tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
     model = written(tiny_model_folder(family), tmp_path / "out", dtype)
-    logits, tied = export.fresh_process(tmp_path / "out", IDS_1T, CPU, tmp_path)
-    assert torch.equal(logits, export.probe_logits(model, IDS_1T))  # type: ignore[arg-type]
-    assert tied == export.tied_names(model)  # type: ignore[arg-type]
-    assert logits.dtype == dtype
+    fresh = export.fresh_process(tmp_path / "out", IDS_1T, "the sea", CPU, tmp_path)
+    assert torch.equal(fresh.logits_1TV, export.probe_logits(model, IDS_1T))  # type: ignore[arg-type]
+    assert fresh.tied == export.tied_names(model)  # type: ignore[arg-type]
+    assert fresh.logits_1TV.dtype == dtype
+    spoken = tiny.tokenizer()
+    assert fresh.text_ids == spoken("the sea", add_special_tokens=False)["input_ids"]
+    assert fresh.chat_template == spoken.chat_template
 
 
 def test_an_export_that_cannot_be_loaded_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ProofError, match=r"a fresh process cannot load the export:\n(.|\n)*config\.json"):
-        export.fresh_process(tmp_path / "out", IDS_1T, CPU, tmp_path)
+        export.fresh_process(tmp_path / "out", IDS_1T, "the sea", CPU, tmp_path)
 
 
 def test_the_cast_touches_parameters_only(tiny_model_folder: Callable[..., Path]) -> None:

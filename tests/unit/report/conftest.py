@@ -106,7 +106,10 @@ def proof(**changes: Any) -> Proof:
         "export_keys_equal": True,
         "export_logits_identical": True,
         "export_probe_tokens": 512,
+        "export_changed_tensors": 272,
+        "export_tensors": 272,
         "ties_kept": True,
+        "tokenizer_travels": True,
     }
     return Proof.model_validate(facts | changes)
 
@@ -160,8 +163,8 @@ def data_card() -> DataCard:
         seconds=2.1,
         peak_bytes=410_000_000,
         chat_template="model",
-        chat_template_fingerprint="34" * 32,
-        tokenizer_fingerprint="56" * 32,
+        training_fingerprint="34" * 32,
+        stop_ids=[2],
         train=split("train", 360, 41_203),
         validation=split("validation", 40, 4_544),
         tests=tests,

@@ -129,7 +129,7 @@ def test_validation_data_chose_the_weights_and_cannot_carry_a_claim(recipe: Reci
     assert not verdict.claimable and any("data.test" in caution for caution in verdict.cautions)
 
 
-@pytest.mark.parametrize("broken", ["export_logits_identical", "export_keys_equal", "ties_kept"])
+@pytest.mark.parametrize("broken", ["export_logits_identical", "export_keys_equal", "ties_kept", "tokenizer_travels"])
 def test_a_failed_proof_forbids_the_claim(recipe: Recipe, a_train_card: TrainCard, broken: str) -> None:
     proof = a_train_card.proof.model_copy(update={broken: False})
     assert not room.judge(recipe, a_train_card.model_copy(update={"proof": proof}), evaluated(0.2, 0.4)).claimable

@@ -293,9 +293,10 @@ def test_the_stop_tokens_are_the_end_of_sequence_and_the_templates_end_of_turn()
     ids = {token: spoken.convert_tokens_to_ids(token) for token in tiny.CONTROL_TOKENS}
     assert ChatRenderer(spoken, DAY, "tiny").stop_ids() == [ids["<|im_end|>"]]
     spoken.eos_token = "<|endoftext|>"
-    assert ChatRenderer(spoken, DAY, "tiny").stop_ids() == sorted([ids["<|endoftext|>"], ids["<|im_end|>"]])
-    spoken.chat_template = None
-    assert ChatRenderer(spoken, DAY, "tiny").stop_ids() == [ids["<|endoftext|>"]]
+    renderer = ChatRenderer(spoken, DAY, "tiny")
+    assert renderer.stop_ids() == [ids["<|endoftext|>"]]
+    renderer.pair("the sky", "the sea", loss_on="all")  # what an answer ended with is known once one was rendered
+    assert renderer.stop_ids() == sorted([ids["<|endoftext|>"], ids["<|im_end|>"]])
 
 
 def test_a_date_format_that_the_template_computes_is_refused() -> None:

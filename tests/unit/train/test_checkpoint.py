@@ -9,7 +9,7 @@ import pytest
 import torch
 from staging import leftovers
 
-from fullrank.errors import FullrankError
+from fullrank.errors import FullrankError, TrainingError
 from fullrank.parallel.engine import EngineState
 from fullrank.train import checkpoint
 
@@ -70,9 +70,9 @@ def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path, damage: str) -> None
         (newer / "MANIFEST.json").unlink()
     heard: list[str] = []
     assert checkpoint.newest(tmp_path, heard.append) == older
-    assert len(heard) == 1 and heard[0].startswith("step-00000008: ")
+    assert len(heard) == 1 and heard[0].startswith("the checkpoint step-00000008 is not used: ")
     (older / "state.json").unlink()
-    assert checkpoint.newest(tmp_path, heard.append) is None and "step-00000004: state.json is missing" in heard[-1]
+    assert checkpoint.newest(tmp_path, heard.append) is None and "step-00000004 is not used: state.json is missing" in heard[-1]
 
 
 def test_a_half_written_one_is_none(tmp_path: Path) -> None:
@@ -82,6 +82,13 @@ def test_a_half_written_one_is_none(tmp_path: Path) -> None:
 
 
 def test_weights_alone(tmp_path: Path) -> None:
-    for value in (1.0, 2.0):  # the better ones replace the best so far
-        checkpoint.save_weights(tmp_path / "best", {"a": torch.tensor([value])})
-    assert checkpoint.load_weights(tmp_path / "best")["a"].tolist() == [2.0]
+    best = tmp_path / "best"
+    for step in (1, 2, 3):
+        checkpoint.save_weights(best, step, {"a": torch.tensor([float(step)])})
+    assert sorted(path.name for path in best.iterdir()) == ["step-00000002", "step-00000003"], "the last two stay"
+    assert checkpoint.load_weights(best, 3)["a"].tolist() == [3.0]
+    damaged = best / "step-00000003" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    for step in (1, 3):
+        with pytest.raises(TrainingError, match=f"step-{step:08d}: the weights of the lowest validation loss"):
+            checkpoint.load_weights(best, step)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from staging import fresh_here
 from tiny import tokenizer
 
 from fullrank.errors import ProofError
@@ -48,10 +50,14 @@ def test_only_what_no_gradient_reached_may_stay() -> None:
 def prove(base: ResolvedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     """export_and_prove with a fresh load in this process; `changes` are what that load is made to find instead."""
 
-    def fresh(path: Path, ids: torch.Tensor, device: torch.device, scratch: Path) -> tuple[torch.Tensor, set[str]]:
-        model = load_model(path, device=CPU, dtype=None)
-        logits, tied = export.probe_logits(model, ids), export.tied_names(model)
-        return logits + changes.get("shift", 0.0), tied | changes.get("tied", set())
+    def fresh(*arguments: Any) -> export.Fresh:
+        found = fresh_here(*arguments)
+        return replace(
+            found,
+            logits_1TV=found.logits_1TV + changes.get("shift", 0.0),
+            tied=found.tied | changes.get("tied", set()),
+            chat_template=changes.get("chat_template", found.chat_template),
+        )
 
     monkeypatch.setattr(export, "fresh_process", fresh)
     folder.mkdir()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from staging import Staged, leftovers, staged, write_case
+from staging import Staged, fresh_here, leftovers, staged, write_case
 from tiny import chat_rows, write_jsonl
 
 from fullrank.errors import ProofError, Stopped, TrainingError, UsageError
@@ -30,12 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timing of blocks, and the export's fresh load in this process: starting another one takes seconds."""
-
-    def fresh(folder: Path, ids: torch.Tensor, device: torch.device, scratch: Path) -> tuple[torch.Tensor, set[str]]:
-        model = load_model(folder, device=CPU, dtype=None)
-        return export.probe_logits(model, ids), export.tied_names(model)
-
-    monkeypatch.setattr(export, "fresh_process", fresh)
+    monkeypatch.setattr(export, "fresh_process", fresh_here)
     monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: None)
 
 
@@ -155,7 +151,7 @@ def test_a_tensor_with_gradients_that_did_not_move_is_an_error(case: Path, model
 
 def test_an_export_that_differs_is_not_put_under_its_name(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ready(case, "train.epochs=1")
-    monkeypatch.setattr(export, "fresh_process", lambda folder, ids, *rest: (torch.zeros(1), set()))
+    monkeypatch.setattr(export, "fresh_process", lambda *arguments: replace(fresh_here(*arguments), logits_1TV=torch.zeros(1)))
     with pytest.raises(ProofError, match="other logits"):
         run.train()
     assert not run.run.model.exists() and not (run.run.train / "card.json").exists() and leftovers(run.run.root) == []
