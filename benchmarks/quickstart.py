@@ -95,7 +95,7 @@ def main() -> None:
         for part in options.parts:
             figures[part] = {"first": first, "second": second, "tests": tests, "gsm8k": gsm8k}[part](clone, env)
             print(part, json.dumps(figures[part], indent=2))
-            print(f"wrote {write('quickstart', figures, targets(figures))}")
+            print(f"wrote {write('quickstart', figures, targets(figures), clone)}")
     finally:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -22,15 +22,15 @@ def target(what: str, wanted: float, measured: float | None, unit: str, *, at_mo
     return {"what": what, "target": f"{'<=' if at_most else '>='} {wanted:g}", "measured": measured, "unit": unit, "met": met}
 
 
-def write(name: str, figures: dict[str, Any], targets: list[dict[str, Any]]) -> Path:
-    """Writes `benchmarks/results/<name>.json`."""
+def write(name: str, figures: dict[str, Any], targets: list[dict[str, Any]], checkout: Path = ROOT) -> Path:
+    """Writes `benchmarks/results/<name>.json`; `checkout` is where the measured code was checked out."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     facts = {
         "machine": machine(),
         "versions": {package: importlib.metadata.version(package) for package in _PACKAGES}
         | {"python": platform.python_version()},
         "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True
         ).stdout.strip(),
         "figures": figures,
         "targets": targets,

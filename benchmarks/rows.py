@@ -2,7 +2,7 @@
 
     python benchmarks/rows.py
 
-The steps hold 16 examples of the prudential case; budgets are measured in turn, round after round, and medians are reported.
+The steps hold 8 examples of the prudential case; budgets are measured in turn, round after round, and medians are reported.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fullrank.sequences.chat import ChatRenderer
 from fullrank.sequences.layout import micro_batches
 from fullrank.sequences.store import StoreWriter, TokenStore
 
-BUDGETS = (128, 256, 512, 1024, 2048)
-ROUNDS = 5
+BUDGETS = (128, 256, 512, 1024)
+ROUNDS = 3
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     engine = SingleDevice(load_model(base.folder, device=torch.device("cpu")), Train(precision="fp32"), recompute="none")
     with tempfile.TemporaryDirectory() as folder:
         writer = StoreWriter(Path(folder))
-        for number, example in enumerate(prudential.generate(16, seed=0, wordings="seen")):
+        for number, example in enumerate(prudential.generate(8, seed=0, wordings="seen")):
             writer.append(renderer.conversation(example.row["messages"]), f"case:{number}")
         writer.close()
         store = TokenStore(Path(folder))

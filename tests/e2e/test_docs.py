@@ -1,6 +1,6 @@
 """Every command in README and docs is typed as it stands there, in order, by a newcomer with a small data file.
 
-`make` targets are read, not run (the checks run them themselves); `pip install` is what set up the environment of this test.
+`make` targets are read, not run (the checks run each of them once); `pip install` is what set up the environment of this test.
 """
 
 from __future__ import annotations

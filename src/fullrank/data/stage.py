@@ -53,7 +53,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
     """
     card = read_record(run.data / "card.json", DataCard)
     begun = read_json_lines(run.train / "inputs.json")
-    if card and begun and _missing_files(recipe.data):
+    if card and begun and _missing_files(recipe.data) and _test_files(recipe.data) == {n: t.files for n, t in card.tests.items()}:
         run.tell("reused", stage="data", what="tokens as prepared before; the files they came from are no longer there")
         return card
     tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
@@ -97,6 +97,10 @@ def _missing_files(data: Data) -> list[str]:
     """Files that the recipe names and that are not there."""
     everything = [*_training_sources(data), *(source for items in data.test.values() for source in items)]
     return [path for path in [data.chat_template, *(s.path for s in everything)] if path and not Path(path).is_file()]
+
+
+def _test_files(data: Data) -> dict[str, list[str]]:
+    return {name: [_name(source) for source in items] for name, items in data.test.items()}
 
 
 def _training_sources(data: Data) -> list[Source]:

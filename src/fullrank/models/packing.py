@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 def keeps_apart(model: PreTrainedModel) -> bool:
     """True when the logits of two examples in one row equal their logits alone.
 
-    The second example repeats tokens of the first, so that anything attending across the border moves its logits.
+    The tokens are random and the same for every model, so anything that reaches across the border moves the logits.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size

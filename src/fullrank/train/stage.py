@@ -232,8 +232,9 @@ class _Training:
                     f"stopped at step {self.progress.step} of {self.order.steps}; the state is saved in {self.checkpoints}",
                     hint="type the same command to continue",
                 ) from None
-        if self._saved_step != self.progress.step:
-            self._save()  # whatever happens to the export, no step is done twice
+        if self._saved_step != self.progress.step and self._minutes_are_at_stake():
+            self._save()  # whatever happens to the export, long work is not done twice
+        self._take_stock()
         if self.progress.best_step != self.progress.step:
             self.engine.load_weights(checkpoint.load_weights(self.best_folder, self.progress.best_step))
 
@@ -268,6 +269,9 @@ class _Training:
             return True  # the first step is saved, so that a save that cannot work fails in the first minute
         gap = max(_SHORTEST_GAP_SECONDS, self._save_seconds / _SAVING_SHARE)
         return time.monotonic() - self._last_save >= gap
+
+    def _minutes_are_at_stake(self) -> bool:
+        return time.monotonic() - self._last_save >= _SHORTEST_GAP_SECONDS
 
     def _save(self) -> None:
         started = time.monotonic()

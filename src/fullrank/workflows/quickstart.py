@@ -14,7 +14,7 @@ from fullrank.run import Listener, Run, write_text
 from fullrank.workflows.stages import run_until
 
 #: Examples of each file: what a two-core CPU trains on in under four minutes, and test sets that say something.
-SIZES = {"train": 400, "validation": 24, "test": 64, "unseen": 64}
+SIZES = {"train": 400, "validation": 16, "test": 64, "unseen": 64}
 
 
 def quickstart(runs_dir: Path, overrides: Sequence[str] = (), listener: Listener | None = None) -> Run:

@@ -111,6 +111,7 @@ def test_an_export_that_fails_costs_no_step(case: Path, monkeypatch: pytest.Monk
         raise ProofError("not today")
 
     monkeypatch.setattr(export, "fresh_process", broken)
+    monkeypatch.setattr(train_stage, "_SHORTEST_GAP_SECONDS", 0.0)  # as if the run had taken minutes
     with pytest.raises(ProofError, match="not today"):
         go(case, "train")
     monkeypatch.setattr(export, "fresh_process", fresh_here)
