@@ -37,7 +37,8 @@ Measured on {machine["cores"]} cores ({machine["processor"]}), from a fresh clon
 
 {_minutes(run["total_seconds"])} in all, {_minutes(run["train_stage_seconds"])} of it training ({run["tokens"]:,} tokens at \
 {run["tokens_per_second"]:.0f} a second); {run["peak_bytes"] / 1e9:.1f} GB of memory at the peak. In brackets: 95 % intervals
-over the reports. All {run["tensors_changed"]} tensors changed, and a fresh process reproduces the exported model's logits bit for bit.
+over the reports. All {run["tensors_changed"]} tensors changed, and a fresh process reproduces the exported model's logits bit
+for bit.
 """
 
 
