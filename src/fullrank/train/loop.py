@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become rows; part of the plan."""
+    """How examples become rows: the plan's budget, and whether the model keeps packed examples apart."""
 
     budget_tokens: int
     packed: bool
