@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from record import write
 
@@ -20,9 +21,9 @@ from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.source import resolve
 from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Data, Model, Train
-from fullrank.sequences.chat import ChatRenderer
+from fullrank.sequences.chat import ChatRenderer, Tokens
 from fullrank.sequences.layout import micro_batches
-from fullrank.sequences.store import StoreWriter, TokenStore
+from fullrank.sequences.store import ShardPlace, TokenStore, write_index, write_shard
 
 BUDGETS = (128, 256, 512, 1024)
 ROUNDS = 3
@@ -34,11 +35,8 @@ def main() -> None:
     renderer = ChatRenderer(load_tokenizer(base.folder), Data.model_fields["template_date"].default, "smollm2")
     engine = SingleDevice(load_model(base.folder, device=torch.device("cpu")), Train(precision="fp32"), recompute="none")
     with tempfile.TemporaryDirectory() as folder:
-        writer = StoreWriter(Path(folder))
-        for number, example in enumerate(prudential.generate(8, seed=0, wordings="seen")):
-            writer.append(renderer.conversation(example.row["messages"]), f"case:{number}")
-        writer.close()
-        store = TokenStore(Path(folder))
+        examples = [renderer.examples(case.row["messages"])[0] for case in prudential.generate(8, seed=0, wordings="seen")]
+        store = _store(Path(folder), examples)
         rates: dict[int, list[float]] = {budget: [] for budget in BUDGETS}
         for round_ in range(ROUNDS + 1):
             for budget in BUDGETS:
@@ -50,6 +48,16 @@ def main() -> None:
                     rates[budget].append(sum(row.tokens for row in rows) / (time.perf_counter() - started))
     figures = {"tokens_per_second_by_row_tokens": {str(budget): statistics.median(values) for budget, values in rates.items()}}
     print(f"wrote {write('rows', figures, [])}: {figures}")
+
+
+def _store(folder: Path, examples: list[Tokens]) -> TokenStore:
+    split, shards = folder / "train", folder / "shards"
+    split.mkdir()
+    shards.mkdir()
+    numbers = range(len(examples))
+    write_shard(shards / "0.safetensors", examples, numbers, [(number, -1) for number in numbers])
+    write_index(split, [ShardPlace("0.safetensors", "case", 1, None, "record")], np.array([[0, n] for n in numbers]))
+    return TokenStore(split)
 
 
 if __name__ == "__main__":

@@ -191,14 +191,17 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def write_store(folder: Path, examples: Sequence[Any]) -> Any:
     """A token store of `fullrank.sequences.chat.Tokens`, opened; example n comes from `rows.jsonl:<n + 1>`."""
-    from fullrank.sequences.store import StoreWriter, TokenStore
+    import numpy as np
 
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = StoreWriter(folder)
-    for number, tokens in enumerate(examples):
-        writer.append(tokens, f"rows.jsonl:{number + 1}")
-    writer.close()
-    return TokenStore(folder)
+    from fullrank.sequences.store import ShardPlace, TokenStore, write_index, write_shard
+
+    split = folder / "train"
+    for new in (split, folder / "shards"):
+        new.mkdir(parents=True, exist_ok=True)
+    numbers = range(len(examples))
+    write_shard(folder / "shards" / "0.safetensors", examples, numbers, [(number, -1) for number in numbers])
+    write_index(split, [ShardPlace("0.safetensors", "rows.jsonl", 1, None, "line")], np.array([[0, n] for n in numbers]))
+    return TokenStore(split)
 
 
 def random_tokens(n: int, *, vocabulary: int = 300, seed: int = 0, shortest: int = 3, longest: int = 40) -> list[Any]:

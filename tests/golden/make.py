@@ -22,7 +22,7 @@ def curve(folder: Path) -> list[tuple[float, float]]:
 
     torch.set_num_threads(1)
     renderer = ChatRenderer(tiny.tokenizer(), datetime.date(2026, 1, 1), "tiny")
-    store = tiny.write_store(folder, [renderer.conversation(row["messages"]) for row in tiny.chat_rows(40)])
+    store = tiny.write_store(folder, [renderer.examples(row["messages"])[0] for row in tiny.chat_rows(40)])
     train = Train.model_validate({"epochs": 4, "global_batch_size": 8, "precision": "fp32", "optimizer": {"learning_rate": 1e-3}})
     order = Order(len(store), train.global_batch_size, train.epochs, train.seed)
     engine = SingleDevice(tiny.model("llama"), train, recompute="none")

@@ -58,7 +58,7 @@ def plain_epoch(model: Any, examples: list[Tokens], batches: list[list[int]], ra
 def test_an_epoch_is_that_of_a_plain_loop(tmp_path: Path, family: str) -> None:
     spoken = tiny.tokenizer()
     renderer = ChatRenderer(spoken, datetime.date(2026, 1, 1), "tiny")
-    examples = [renderer.conversation(row["messages"]) for row in tiny.chat_rows(30)]
+    examples = [renderer.examples(row["messages"])[0] for row in tiny.chat_rows(30)]
     store = tiny.write_store(tmp_path, examples)
     ours, theirs, base = (tiny.model(family) for _ in range(3))
     train = Train.model_validate(
@@ -93,7 +93,7 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("row", tiny.chat_rows(11), ids=lambda row: f"{len(row['messages'])} turns")
 def test_rendered_ids_are_those_of_transformers(row: dict[str, Any]) -> None:
     spoken = tiny.tokenizer()
-    ours = ChatRenderer(spoken, datetime.date(2026, 1, 1), "tiny").conversation(row["messages"])
+    ours = ChatRenderer(spoken, datetime.date(2026, 1, 1), "tiny").examples(row["messages"])[0]
     assert ours.ids == spoken.apply_chat_template(row["messages"], tokenize=True)["input_ids"]
 
 

@@ -161,7 +161,7 @@ class _Evaluation:
 
     def _test(self, model: PreTrainedModel, who: Who, name: str, items: list[TestItem]) -> _Measured:
         prompts = [self._prompt(item, who) for item in items]
-        prompt_ids = [self._prompt_ids(item, prompt) for item, prompt in zip(items, prompts, strict=True)]
+        prompt_ids = [self._prompt_ids(item, who) for item in items]
         answers = [""] * len(items)
         stopped = [False] * len(items)
         for done, answer in enumerate(
@@ -195,15 +195,17 @@ class _Evaluation:
         return _Measured(scores, predictions)
 
     def _prompt(self, item: TestItem, who: Who) -> str:
-        instructions = self.recipe.evaluate.base_instructions if who == "base" else None
         if item.messages is None:
-            return _with_instructions(item.prompt or "", instructions)
-        return self.renderer.prompt(_instructed(item.messages, instructions), tools=item.tools)
+            return _with_instructions(item.prompt or "", self._instructions(who))
+        return self.renderer.prompt(_instructed(item.messages, self._instructions(who)), tools=item.tools)
 
-    def _prompt_ids(self, item: TestItem, prompt: str) -> list[int]:
-        if item.messages is None:  # plain text begins as the tokenizer begins every text
-            return list(self.tokenizer(prompt)["input_ids"])
-        return self.renderer.ids(prompt)
+    def _prompt_ids(self, item: TestItem, who: Who) -> list[int]:
+        if item.messages is None:
+            return self.renderer.text_ids(self._prompt(item, who))
+        return self.renderer.prompt_ids(_instructed(item.messages, self._instructions(who)), tools=item.tools)
+
+    def _instructions(self, who: Who) -> str | None:
+        return self.recipe.evaluate.base_instructions if who == "base" else None
 
 
 def _instructed(messages: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:

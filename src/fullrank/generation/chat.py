@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from fullrank.generation.decode import greedy_arguments, room_for_answer
 from fullrank.sequences.chat import ChatRenderer
@@ -19,7 +19,8 @@ class ChatSession:
     Args:
         name: what the user is told they talk to.
         model: on its device.
-        renderer: of the model's tokenizer; without a chat template each message is continued as plain text.
+        tokenizer: the model's.
+        renderer: of this tokenizer; without a chat template each message is continued as plain text.
         system: system turn that every conversation begins with.
         stop_ids: what ends an answer.
         max_new_tokens: longest answer.
@@ -29,6 +30,7 @@ class ChatSession:
         self,
         name: str,
         model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         renderer: ChatRenderer,
         *,
         system: str | None,
@@ -36,7 +38,7 @@ class ChatSession:
         max_new_tokens: int,
     ) -> None:
         self.name = name
-        self._model, self._renderer = model, renderer
+        self._model, self._tokenizer, self._renderer = model, tokenizer, renderer
         self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
         self._opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
@@ -52,10 +54,9 @@ class ChatSession:
             DataError: the conversation fills the model's context.
         """
         turns = [*self._messages, {"role": "user", "content": message}]
-        tokenizer = self._renderer.tokenizer
-        ids = self._renderer.ids(self._renderer.prompt(turns)) if self._renderer.has_template else tokenizer(message)["input_ids"]
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids_1T = torch.tensor([list(ids)], device=self._model.device)
+        ids = self._renderer.prompt_ids(turns) if self._renderer.has_template else self._renderer.text_ids(message)
+        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids_1T = torch.tensor([ids], device=self._model.device)
         room = room_for_answer(self._model, len(ids), self._max_new_tokens)
         arguments = greedy_arguments(self._stop_ids, room)
         failures: list[Exception] = []

@@ -62,8 +62,21 @@ def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     return permutation
 
 
-def held_out(records: int, ratio: float, seed: int) -> set[int]:
-    """Positions of the records that go to validation: at least one, the same for every run with this seed."""
+def held_out(groups: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Whether each record goes to validation: at least one does and one does not, the same for every run with this seed.
+
+    Args:
+        groups: groups_N, a number for each record; records of one group stay together.
+        ratio: share of the records.
+        seed: chooses them.
+    """
+    records = len(groups)
     count = min(records - 1, max(1, round(records * ratio)))
     draws = np.random.Philox(key=[seed, 2**63]).random_raw(records)
-    return set(np.argsort(draws, kind="stable")[:count].tolist())
+    names, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    if len(names) == 1:  # nothing to keep together without giving all of it away
+        return np.isin(np.arange(records), np.argsort(draws, kind="stable")[:count])
+    order = np.argsort(draws[first], kind="stable")  # a group is drawn as its first record is
+    fitting = order[sizes[order] <= max(count, int(sizes.min()))]
+    taken = fitting[: max(1, int(np.searchsorted(np.cumsum(sizes[fitting]), count, side="right")))]
+    return np.isin(groups, names[taken])

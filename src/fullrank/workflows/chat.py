@@ -46,10 +46,12 @@ def open_chat(target: str, runs_dir: Path, *, use_base: bool, system: str | None
         folder = resolve(recipe.model).folder if use_base else tokenizer_folder
     chosen = devices.choose(device)
     model = load_model(folder, device=chosen, dtype=torch.float32 if chosen.type == "cpu" else None)
-    renderer = ChatRenderer(load_tokenizer(tokenizer_folder), date, str(folder))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    renderer = ChatRenderer(tokenizer, date, str(folder))
     return ChatSession(
         f"{target}{' (base)' if use_base else ''}",
         model,
+        tokenizer,
         renderer,
         system=system,
         stop_ids=stop_ids or _stops_of(model, renderer),

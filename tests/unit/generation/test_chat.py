@@ -15,14 +15,15 @@ from fullrank.sequences.chat import ChatRenderer
 
 
 def session(model: Any, *, system: str | None = None, template: str | None = tiny.CHATML) -> tuple[ChatSession, ChatRenderer]:
-    renderer = ChatRenderer(tiny.tokenizer(chat_template=template), datetime.date(2026, 1, 1), "tiny")
-    talk = ChatSession("tiny", model, renderer, system=system, stop_ids=renderer.stop_ids(), max_new_tokens=6)
+    tokenizer = tiny.tokenizer(chat_template=template)
+    renderer = ChatRenderer(tokenizer, datetime.date(2026, 1, 1), "tiny")
+    talk = ChatSession("tiny", model, tokenizer, renderer, system=system, stop_ids=renderer.stop_ids(), max_new_tokens=6)
     return talk, renderer
 
 
 def expected(model: Any, renderer: ChatRenderer, text: str) -> str:
     (answer,) = greedy(model, [renderer.ids(text)], stop_ids=renderer.stop_ids(), max_new_tokens=6)
-    return str(renderer.tokenizer.decode(answer.ids, skip_special_tokens=True))
+    return str(tiny.tokenizer().decode(answer.ids, skip_special_tokens=True))
 
 
 def test_an_answer_continues_the_whole_conversation() -> None:

@@ -50,6 +50,12 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def one(speaker: ChatRenderer, *arguments: Any, **options: Any) -> Tokens:
+    """The only example of a conversation."""
+    (tokens,) = speaker.examples(*arguments, **options)
+    return tokens
+
+
 def pieces(speaker: ChatRenderer, tokens: Tokens) -> list[tuple[bool, str]]:
     """The text in stretches of equal mask."""
     stretches: list[tuple[bool, list[int]]] = []
@@ -57,7 +63,7 @@ def pieces(speaker: ChatRenderer, tokens: Tokens) -> list[tuple[bool, str]]:
         if not stretches or stretches[-1][0] != inside:
             stretches.append((inside, []))
         stretches[-1][1].append(token)
-    return [(inside, speaker.tokenizer.decode(ids)) for inside, ids in stretches]
+    return [(inside, speaker.decode(ids)) for inside, ids in stretches]
 
 
 # ---- masks by hand ----------------------------------------------------------------------------------------------------------
@@ -73,7 +79,7 @@ def test_every_assistant_turn_is_supervised_from_its_first_character_through_its
         turn("assistant", "four"),
         turn("user", "thanks"),
     ]
-    tokens = speaker.conversation(conversation)
+    tokens = one(speaker, conversation)
     assert pieces(speaker, tokens) == [
         (
             False,
@@ -89,14 +95,14 @@ def test_every_assistant_turn_is_supervised_from_its_first_character_through_its
 def test_loss_on_completion_supervises_the_last_answer_only() -> None:
     speaker = renderer()
     conversation = [turn("user", "a"), turn("assistant", "one"), turn("user", "b"), turn("assistant", "two")]
-    tokens = speaker.conversation(conversation, loss_on="completion")
+    tokens = one(speaker, conversation, loss_on="completion")
     assert [text for inside, text in pieces(speaker, tokens) if inside] == ["two<|im_end|>"]
 
 
 def test_loss_on_all_supervises_every_token_and_keeps_the_ids() -> None:
     speaker = renderer()
     conversation = [turn("user", "a"), turn("assistant", "one")]
-    everything, answers = speaker.conversation(conversation, loss_on="all"), speaker.conversation(conversation)
+    everything, answers = one(speaker, conversation, loss_on="all"), one(speaker, conversation)
     assert everything.ids == answers.ids
     assert all(everything.supervised)
     assert everything.supervised_targets() == len(everything.ids) - 1  # nothing predicts the first token
@@ -106,42 +112,44 @@ def test_tools_reach_the_template() -> None:
     speaker = renderer()
     tools = [{"type": "function", "function": {"name": "lookup", "parameters": {}}}]
     conversation = [turn("user", "a"), turn("assistant", "b")]
-    with_tools = pieces(speaker, speaker.conversation(conversation, tools=tools))
+    with_tools = pieces(speaker, one(speaker, conversation, tools=tools))
     assert '"name": "lookup"' in with_tools[0][1]
     assert with_tools[1] == (True, "b<|im_end|>")
 
 
 def test_an_end_of_turn_token_that_pads_as_well_stays_supervised() -> None:
-    speaker = renderer(pad_token="<|im_end|>")
-    assert speaker.tokenizer.pad_token_id == speaker.tokenizer.eos_token_id
-    tokens = speaker.conversation([turn("user", "a"), turn("assistant", "b")])
+    spoken = tiny.tokenizer(pad_token="<|im_end|>")
+    assert spoken.pad_token_id == spoken.eos_token_id
+    speaker = ChatRenderer(spoken, DAY, "tiny/model")
+    tokens = one(speaker, [turn("user", "a"), turn("assistant", "b")])
     assert pieces(speaker, tokens)[1] == (True, "b<|im_end|>")
 
 
 def test_control_tokens_written_by_a_user_do_not_move_the_mask() -> None:
     speaker = renderer()
-    tokens = speaker.conversation([turn("user", "say <|im_end|>"), turn("assistant", "no")])
+    tokens = one(speaker, [turn("user", "say <|im_end|>"), turn("assistant", "no")])
     assert [text for inside, text in pieces(speaker, tokens) if inside] == ["no<|im_end|>"]
 
 
 def test_text_of_many_bytes_a_character_is_supervised_whole() -> None:
     speaker = renderer()
-    tokens = speaker.conversation([turn("user", "größer?"), turn("assistant", "≥ 5 € 🙂")])
+    tokens = one(speaker, [turn("user", "größer?"), turn("assistant", "≥ 5 € 🙂")])
     assert [text for inside, text in pieces(speaker, tokens) if inside] == ["≥ 5 € 🙂<|im_end|>"]
 
 
 def test_white_space_inside_an_answer_is_supervised_when_the_tokenizer_trims_offsets() -> None:
     # Tokenizers of the RoBERTa kind give tokens of white space an empty span.
-    speaker = renderer()
-    speaker.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokens = speaker.conversation([turn("user", "a"), turn("assistant", "one\n\n  two")])
+    spoken = tiny.tokenizer()
+    spoken.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    speaker = ChatRenderer(spoken, DAY, "tiny/model")
+    tokens = one(speaker, [turn("user", "a"), turn("assistant", "one\n\n  two")])
     assert [text for inside, text in pieces(speaker, tokens) if inside] == ["one\n\n  two<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [tiny.CHATML, DEFAULT_SYSTEM])
 def test_a_conversation_that_opens_with_an_answer_does_not_learn_what_the_template_writes(template: str) -> None:
     speaker = renderer(template)
-    tokens = speaker.conversation([turn("assistant", "welcome"), turn("user", "hi"), turn("assistant", "yes")])
+    tokens = one(speaker, [turn("assistant", "welcome"), turn("user", "hi"), turn("assistant", "yes")])
     assert [text for inside, text in pieces(speaker, tokens) if inside] == ["welcome<|im_end|>", "yes<|im_end|>"]
 
 
@@ -152,13 +160,13 @@ def test_a_conversation_that_opens_with_an_answer_does_not_learn_what_the_templa
 def test_the_ids_are_those_of_the_served_prompt_followed_by_the_answer(answer: str) -> None:
     speaker = renderer()
     asked = [turn("system", "be brief"), turn("user", "2+2")]
-    tokens = speaker.conversation([*asked, turn("assistant", answer)])
+    tokens = one(speaker, [*asked, turn("assistant", answer)])
     served = speaker.ids(speaker.prompt(asked))
     assert tokens.ids[: len(served)] == served
     assert tokens.supervised[: len(served)] == [False] * len(served)
     assert tokens.supervised[len(served)]
     assert pieces(speaker, tokens)[1] == (True, f"{answer}<|im_end|>")
-    assert speaker.tokenizer.decode(tokens.ids) == speaker.text([*asked, turn("assistant", answer)])
+    assert speaker.decode(tokens.ids) == speaker.text([*asked, turn("assistant", answer)])
 
 
 def test_an_answer_that_would_melt_into_the_prompt_is_a_case_that_exists() -> None:
@@ -172,7 +180,7 @@ def test_an_answer_that_would_melt_into_the_prompt_is_a_case_that_exists() -> No
 def test_only_the_last_answer_begins_with_white_space_in_a_long_conversation() -> None:
     speaker = renderer()
     asked = [turn("user", "a"), turn("assistant", "one"), turn("user", "b")]
-    tokens = speaker.conversation([*asked, turn("assistant", "\n\ntwo")])
+    tokens = one(speaker, [*asked, turn("assistant", "\n\ntwo")])
     served = speaker.ids(speaker.prompt(asked))
     assert tokens.ids[: len(served)] == served
     assert [text for inside, text in pieces(speaker, tokens) if inside] == ["one<|im_end|>", "\n\ntwo<|im_end|>"]
@@ -184,10 +192,10 @@ def test_only_the_last_answer_begins_with_white_space_in_a_long_conversation() -
 @pytest.mark.parametrize("row", tiny.chat_rows(11), ids=lambda row: f"{len(row['messages'])} turns")
 def test_a_template_with_generation_marks_gives_the_mask_of_transformers(row: dict[str, Any]) -> None:
     speaker = renderer(GENERATION_MARKS)
-    theirs = speaker.tokenizer.apply_chat_template(
+    theirs = tiny.tokenizer(chat_template=GENERATION_MARKS).apply_chat_template(
         row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ours = speaker.conversation(row["messages"])
+    ours = one(speaker, row["messages"])
     assert ours.ids == theirs["input_ids"]
     assert [int(inside) for inside in ours.supervised] == theirs["assistant_masks"]
     assert any(ours.supervised)
@@ -195,43 +203,116 @@ def test_a_template_with_generation_marks_gives_the_mask_of_transformers(row: di
 
 def test_generation_marks_change_nothing() -> None:
     conversation = tiny.chat_rows(6)[5]["messages"]
-    assert renderer(GENERATION_MARKS).conversation(conversation) == renderer().conversation(conversation)
+    assert one(renderer(GENERATION_MARKS), conversation) == one(renderer(), conversation)
+
+
+# ---- templates that rewrite earlier turns -----------------------------------------------------------------------------------
+
+
+def test_turns_that_a_template_rewrites_are_learned_in_examples_of_their_own() -> None:
+    speaker = renderer(FORGETS_THOUGHTS)
+    thought = [turn("user", "a"), turn("assistant", "<think>hm</think>one"), turn("user", "b"), turn("assistant", "two")]
+    first, second = speaker.examples(thought)
+    asked = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert pieces(speaker, first) == [(False, asked), (True, "<think>hm</think>one<|im_end|>"), (False, "\n")]
+    assert pieces(speaker, second)[:2] == [
+        (False, f"{asked}one<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "two<|im_end|>"),
+    ]
+
+
+def test_turns_that_stand_unchanged_share_one_example() -> None:
+    speaker = renderer(FORGETS_THOUGHTS)
+    plain = [turn("user", "a"), turn("assistant", "one"), turn("user", "b"), turn("assistant", "two")]
+    assert one(speaker, plain) == one(renderer(), plain)
+    assert [text for inside, text in pieces(speaker, one(speaker, plain)) if inside] == ["one<|im_end|>", "two<|im_end|>"]
+
+
+# ---- which turns ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0, "train": False}])
+def test_a_turn_that_the_record_leaves_out_is_context_only(mark: dict[str, Any]) -> None:
+    speaker = renderer()
+    conversation = [turn("user", "a"), {**turn("assistant", "one"), **mark}, turn("user", "b"), turn("assistant", "two")]
+    plain = [{key: value for key, value in message.items() if key in ("role", "content")} for message in conversation]
+    tokens = one(speaker, conversation)
+    assert tokens.ids == one(speaker, plain).ids
+    assert [text for inside, text in pieces(speaker, tokens) if inside] == ["two<|im_end|>"]
+    everything = one(speaker, conversation, loss_on="all")
+    assert [text for inside, text in pieces(speaker, everything) if not inside] == ["one<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "problem"),
+    [
+        ({"weight": 0.5}, "`weight` must be 0 or 1"),
+        ({"train": "no"}, "`train` must be true or false"),
+        ({"train": True, "weight": 0}, "`train` says True and `weight` says 0"),
+        ({"train": False}, "every assistant turn is left out"),
+    ],
+)
+def test_other_weights_are_refused(mark: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        one(renderer(), [turn("user", "a"), {**turn("assistant", "one"), **mark}])
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ({"content": "one", "reasoning_content": "because"}, "reasoning"),
+        ({"content": "", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}, "call of look"),
+    ],
+)
+def test_what_the_template_does_not_write_of_an_answer_is_refused(message: dict[str, Any], lost: str) -> None:
+    with pytest.raises(DataError, match=rf"turn 2 \(assistant\): it does not write the (turn's )?{lost}"):
+        one(renderer(), [turn("user", "a"), {"role": "assistant", **message}])
+
+
+def test_a_template_that_leaves_out_the_system_turn_is_refused() -> None:
+    deaf = (
+        "{% for message in messages %}{% if message['role'] != 'system' %}"
+        + tiny.CHATML.partition("{% for message in messages %}")[2]
+    )
+    deaf = deaf.replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
+    with pytest.raises(DataError, match=r"turn 1 \(system\): it does not write this turn's text"):
+        one(renderer(deaf), [turn("system", "be brief"), turn("user", "a"), turn("assistant", "one")])
 
 
 # ---- refused ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_by_naming_template_and_turn() -> None:
-    thought = [turn("user", "a"), turn("assistant", "<think>hm</think>one"), turn("user", "b"), turn("assistant", "two")]
-    with pytest.raises(DataError, match=r"tiny/model, turn 2 \(assistant\): .*rendered differently once later turns follow"):
-        renderer(FORGETS_THOUGHTS).conversation(thought)
-    assert renderer(FORGETS_THOUGHTS).conversation(thought[:2]).ids, "the same template is fine for one answer"
+def test_a_template_that_shortens_the_answer_to_learn_is_refused() -> None:
+    forgets_at_once = FORGETS_THOUGHTS.replace("loop.last", "false")
+    thought = [turn("user", "a"), turn("assistant", "<think>hm</think>one")]
+    with pytest.raises(DataError, match=r"tiny/model, turn 2 \(assistant\): it does not write the turn's reasoning"):
+        one(renderer(forgets_at_once), thought)
 
 
 def test_a_template_whose_prompt_is_not_what_the_turn_begins_with_is_refused() -> None:
     with pytest.raises(DataError, match=r"tiny/model, turn 2 \(assistant\): what comes before the turn is rendered differently"):
-        renderer(OTHER_PROMPT).conversation([turn("user", "a"), turn("assistant", "one")])
+        one(renderer(OTHER_PROMPT), [turn("user", "a"), turn("assistant", "one")])
 
 
 def test_a_template_that_ends_no_turn_is_refused() -> None:
     with pytest.raises(DataError, match=r"tiny/model, turn 2 \(assistant\): no control token ends the turn"):
-        renderer(NO_END).conversation([turn("user", "a"), turn("assistant", "one")])
+        one(renderer(NO_END), [turn("user", "a"), turn("assistant", "one")])
 
 
 def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
     strict = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="the chat template of tiny/model refuses the conversation: roles must alternate"):
-        renderer(strict).conversation([turn("user", "a"), turn("assistant", "one")])
+    with pytest.raises(DataError, match=r"the chat template of tiny/model, turn 1 \(user\): it refuses the conversation: roles must alternate"):
+        one(renderer(strict), [turn("user", "a"), turn("assistant", "one")])
 
 
 def test_messages_without_a_template_say_where_to_give_one() -> None:
     with pytest.raises(DataError, match=r"tiny/model has no chat template.*data\.chat_template"):
-        renderer(None).conversation([turn("user", "a"), turn("assistant", "one")])
+        one(renderer(None), [turn("user", "a"), turn("assistant", "one")])
 
 
 def test_a_conversation_without_an_answer_is_refused() -> None:
     with pytest.raises(DataError, match="without an assistant turn"):
-        renderer().conversation([turn("user", "a")])
+        one(renderer(), [turn("user", "a")])
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
@@ -255,14 +336,14 @@ def test_a_template_that_prints_today_prints_the_recipes_day() -> None:
 
 def test_a_pair_is_a_conversation_of_one_exchange() -> None:
     speaker = renderer()
-    assert speaker.pair("2+2", "four") == speaker.conversation([turn("user", "2+2"), turn("assistant", "four")])
+    assert speaker.pair("2+2", "four") == one(speaker, [turn("user", "2+2"), turn("assistant", "four")])
     assert all(speaker.pair("2+2", "four", loss_on="all").supervised)
 
 
 @pytest.mark.parametrize("completion", [" four", "four", "\n\nfour"])
 def test_a_pair_without_a_template_is_prompt_ids_then_answer_ids_then_end_of_sequence(completion: str) -> None:
     speaker = renderer(None)
-    spoken = speaker.tokenizer
+    spoken = tiny.tokenizer(chat_template=None)
     tokens = speaker.pair("2+2 =", completion)
     served = spoken("2+2 =")["input_ids"]
     assert tokens.ids[: len(served)] == served
@@ -274,18 +355,19 @@ def test_a_pair_without_a_template_is_prompt_ids_then_answer_ids_then_end_of_seq
 
 def test_a_document_is_supervised_throughout_and_ends_once() -> None:
     speaker = renderer(None)
-    tokens = speaker.document("the sea")
+    (tokens,) = speaker.documents(["the sea"])
     assert tokens.supervised == [True] * len(tokens.ids)
-    assert speaker.tokenizer.decode(tokens.ids) == "the sea<|im_end|>"
-    assert speaker.document("the sea<|im_end|>").ids == tokens.ids
-    assert speaker.document("").ids == [speaker.tokenizer.eos_token_id]
+    assert speaker.decode(tokens.ids) == "the sea<|im_end|>"
+    quoted, empty = speaker.documents(["the sea<|im_end|>", ""])
+    assert speaker.decode(quoted.ids) == "the sea<|im_end|><|im_end|>" and quoted.ids.count(tokens.ids[-1]) == 1
+    assert empty.ids == tokens.ids[-1:]
 
 
 def test_without_an_end_of_sequence_token_plain_text_is_refused() -> None:
     spoken = tiny.tokenizer(chat_template=None)
     spoken.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
-        ChatRenderer(spoken, DAY, "tiny").document("the sea")
+        ChatRenderer(spoken, DAY, "tiny").documents(["the sea"])
 
 
 def test_the_stop_tokens_are_the_end_of_sequence_and_the_templates_end_of_turn() -> None:

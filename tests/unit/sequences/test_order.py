@@ -84,15 +84,30 @@ def test_the_epoch_after_a_step_counts_examples() -> None:
     assert [order.epoch_after(step) for step in range(1, 7)] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
 
 
+def chosen(records: int, ratio: float, seed: int) -> set[int]:
+    """Positions held out of records that have nothing in common."""
+    return set(np.flatnonzero(held_out(np.arange(records), ratio, seed)).tolist())
+
+
 def test_held_out_records_are_the_same_for_a_seed_and_never_all_of_them() -> None:
-    chosen = held_out(100, 0.1, seed=0)
-    assert len(chosen) == 10
-    assert chosen <= set(range(100))
-    assert chosen == held_out(100, 0.1, seed=0) != held_out(100, 0.1, seed=1)
-    assert len(held_out(5, 0.001, seed=0)) == 1
-    assert len(held_out(2, 0.999, seed=0)) == 1
-    assert held_out(100, 0.1, seed=0) <= held_out(100, 0.2, seed=0), "a larger share keeps what a smaller one chose"
+    assert len(chosen(100, 0.1, seed=0)) == 10
+    assert chosen(100, 0.1, seed=0) == chosen(100, 0.1, seed=0) != chosen(100, 0.1, seed=1)
+    assert len(chosen(5, 0.001, seed=0)) == 1
+    assert len(chosen(2, 0.999, seed=0)) == 1
+    assert chosen(100, 0.1, seed=0) <= chosen(100, 0.2, seed=0), "a larger share keeps what a smaller one chose"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_records_of_one_group_are_held_out_together(seed: int) -> None:
+    groups = np.array([n // 3 for n in range(60)] + [99] * 30)
+    held = held_out(groups, 0.2, seed)
+    assert all(len(set(held[groups == group].tolist())) == 1 for group in set(groups.tolist()))
+    assert 15 <= held.sum() <= 18 and not held[groups == 99].any(), "a group larger than the share stays in training"
+
+
+def test_one_group_alone_is_divided() -> None:
+    assert held_out(np.zeros(10, int), 0.3, seed=0).sum() == 3
 
 
 def test_held_out_records_are_drawn_apart_from_the_order_of_epochs() -> None:
-    assert held_out(100, 0.1, seed=0) != set(epoch(Order(100, 10, 1, seed=0), 0)[:10])
+    assert chosen(100, 0.1, seed=0) != set(epoch(Order(100, 10, 1, seed=0), 0)[:10])
