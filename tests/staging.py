@@ -21,7 +21,7 @@ from fullrank.run import Run, read_json_lines
 
 #: What every recipe of these tests says unless told otherwise; nothing is left to `auto`.
 DEFAULTS: dict[str, Any] = {
-    "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": 128},
+    "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": 128, "audit": {"accept": ["leak"]}},
     "train": {
         "epochs": 2,
         "global_batch_size": 4,

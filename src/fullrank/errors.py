@@ -5,6 +5,7 @@
     ├── UsageError                2   the command cannot be carried out as typed (locked run, missing extra, ...)
     ├── ModelError                2   the model cannot be found, or is refused (pickle weights, remote code)
     ├── DataError                 3   a data file, a record or a template
+    │   └── DataRefused           3   prepared data that cannot be trained on as they are; they are there to look at
     ├── FitError                  4   not enough memory or disk, before or during the run
     ├── TrainingError             1   the numbers went wrong (a loss or gradient that is not finite)
     ├── ProofError                1   what the run claims did not hold (an unchanged tensor, an export that differs)
@@ -58,6 +59,10 @@ class DataError(FullrankError):
     """A data file, a record or a chat template cannot be used."""
 
     exit_code = 3
+
+
+class DataRefused(DataError):
+    """The data were prepared, and what was found in them stops a run."""
 
 
 class FitError(FullrankError):

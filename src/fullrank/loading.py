@@ -7,6 +7,7 @@ value written as YAML; they are applied to the document before it is validated, 
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -301,8 +302,24 @@ def _in_reading_order(problems: list[str]) -> list[str]:
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 
+def matching_files(path: str) -> list[str]:
+    """The files that a path names: itself, or all that match a pattern (`*`, `?`, `[...]`, and `**` for folders), in order.
+
+    A file whose own name has such characters is taken by that name.
+    """
+    if Path(path).is_file():
+        return [path]
+    if not glob.has_magic(path):
+        return []
+    found = glob.glob(path, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+    return sorted(name for name in found if Path(name).is_file())
+
+
 def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
-    """Data paths made absolute: looked for beside the recipe first, then in the working directory."""
+    """Data paths made absolute: looked for beside the recipe first, then in the working directory.
+
+    A pattern stays one, for the files that match it when they are read; some must do so now.
+    """
     missing: list[str] = []
     folders = dict.fromkeys([file.resolve().parent, Path.cwd()])
 
@@ -311,6 +328,11 @@ def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
         for candidate in candidates:
             if candidate.exists():
                 return str(candidate)
+        if glob.has_magic(written):
+            patterns = [str(Path(glob.escape(str(folder)), Path(written).expanduser())) for folder in folders]
+            found = next((pattern for pattern in patterns if matching_files(pattern)), None)
+            if found:
+                return found
         looked = " and ".join(dict.fromkeys(str(candidate) for candidate in candidates))
         missing.append(f"{lines.nearest(path)}: {dotted(path)}: file not found: {written} (looked for {looked})")
         return written
@@ -325,6 +347,8 @@ def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
     update["test"] = {name: sources(items, ("data", "test")) for name, items in data.test.items()}
     if data.chat_template:
         update["chat_template"] = find(data.chat_template, ("data", "chat_template"))
+    if data.glossary:
+        update["glossary"] = find(data.glossary, ("data", "glossary"))
     if missing:
         raise DataError("\n".join(missing), hint="paths are relative to the recipe's folder, then to the working directory")
     model_folder = next((folder / recipe.model.source for folder in folders if (folder / recipe.model.source).is_dir()), None)

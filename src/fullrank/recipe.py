@@ -12,6 +12,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -42,23 +43,34 @@ class Model(Section):
 
 
 class Source(Section):
-    """One source of records: a file, or a split of a hub dataset."""
+    """One source of records: a file or several, or a split of a hub dataset."""
 
     path: str | None = None
-    """A .jsonl, .json, .csv or .parquet file; relative to the recipe's folder, then to the working directory."""
+    """A .jsonl, .json, .csv, .tsv, .parquet or .txt file, plain or compressed (.gz, .bz2, .xz, .zst), or a pattern such as
+    data/*.jsonl; relative to the recipe's folder, then to the working directory."""
     hub: str | None = None
     """A hub dataset id, read through the `hub` extra."""
     config: str | None = None
     """The configuration of a hub dataset that has several, such as `main`."""
     split: str = "train"
     """The split of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; its main branch by default."""
+    streaming: bool = False
+    """Read a hub dataset over the network as it is needed, storing nothing; for datasets larger than the disk."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first `limit` records."""
+    weight: float | None = Field(default=None, gt=0.0)
+    """Share of the mix, relative to the other sources' weights; without weights every example is used once."""
+    repeat: int = Field(default=1, ge=1)
+    """Most times an example of this source may stand in an epoch, when its weight asks for more than there are."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
         if (self.path is None) == (self.hub is None):
             raise ValueError("a source has either `path` (a file) or `hub` (a dataset id)")
+        if self.path is not None and (self.revision is not None or self.streaming):
+            raise ValueError("`revision` and `streaming` belong to a hub dataset, not to a file")
         return self
 
 
@@ -68,10 +80,51 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
+def _weighted(items: list[Source]) -> list[Source]:
+    without = sum(item.weight is None for item in items)
+    if 0 < without < len(items):
+        raise ValueError(f"{without} of {len(items)} sources have no `weight`; give one to all of them, or to none")
+    if without and any(item.repeat > 1 for item in items):
+        raise ValueError("`repeat` says how far a `weight` may go; give every source a weight, or list the file twice")
+    return items
+
+
 Sources = Annotated[
-    Annotated[list[Source], Field(min_length=1)],
+    Annotated[list[Source], Field(min_length=1), AfterValidator(_weighted)],
     BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
 ]
+
+#: What the audit looks for, each by the name that findings carry.
+AuditKind = Literal[
+    "exact_duplicate",
+    "near_duplicate",
+    "leak",
+    "label_conflict",
+    "label_spelling",
+    "label_balance",
+    "length",
+    "placeholder_answer",
+    "language",
+    "mojibake",
+    "hidden_unicode",
+    "homoglyph",
+    "control_token_text",
+    "secret",
+    "personal_data",
+    "contamination",
+    "too_little_data",
+]
+
+
+class DataAudit(Section):
+    """What the audit of the data looks for, and what of it is accepted."""
+
+    accept: list[AuditKind] = Field(default_factory=list)
+    """Kinds of findings that are errors and shall not stop the run."""
+    skip: list[AuditKind] = Field(default_factory=list)
+    """Kinds not to look for; the audit says that they were left out."""
+    mask: list[Literal["secret", "personal_data"]] = Field(default_factory=list)
+    """Replace what is found by a placeholder such as [EMAIL] in what is trained on; the files stay as they are."""
 
 
 class ValidationSplit(Section):
@@ -111,6 +164,17 @@ class Data(Section):
     """Longest example in tokens; 2048 covers most instruction data."""
     too_long: Literal["error", "drop", "truncate", "chunk"] = "error"
     """What happens to a longer example; an error by default, since cutting an answer is a choice. `chunk`: raw text only."""
+    chunk_overlap_ratio: float = Field(default=0.125, ge=0.0, lt=1.0)
+    """Share of a chunk that repeats the end of the chunk before it as context, without loss; an eighth costs an eighth of the
+    time and spares most tokens a beginning without context."""
+    mix_by: Literal["examples", "tokens"] = "examples"
+    """What the weights of sources are shares of."""
+    quarantine_budget: int = Field(default=0, ge=0)
+    """Records that may be rejected before the run is refused; none by default, so that nothing is lost unseen."""
+    audit: DataAudit = DataAudit()
+    """What is looked for in the data before training."""
+    glossary: str | None = None
+    """Domain terms, one a line, whose tokens the audit shows; without it terms are found in the data."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Tokens that carry loss: every assistant turn, only the last one, or every token. Raw text always carries loss."""
     chat_template: str | None = None
@@ -272,6 +336,8 @@ class Machine(Section):
     """auto takes CUDA, then MPS, then the CPU."""
     memory_limit: str | int | None = None
     """Most memory the plan may use, such as 8GB; by default nine tenths of what is free."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes that prepare data; by default one a core."""
 
     @field_validator("memory_limit")
     @classmethod

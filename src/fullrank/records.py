@@ -71,25 +71,55 @@ class LengthSummary(Record):
     longest: int
 
 
+class SourceCard(Record):
+    """One source of a split: what was read and what became of it."""
+
+    name: str
+    """Path, glob or hub dataset, as the recipe has it."""
+    read: int
+    """Records found; read = used + quarantined."""
+    used: int
+    quarantined: int
+    examples: int
+    """Examples of the split that come from it, repetitions counted."""
+    tokens: int
+    weight: float | None
+    """As the recipe has it."""
+    examples_ratio: float
+    """Realised share of the split's examples."""
+    tokens_ratio: float
+    """Realised share of the split's tokens."""
+
+
 class SplitCard(Record):
     """One prepared split."""
 
     files: list[str]
+    sources: list[SourceCard]
+    read: int
+    used: int
+    quarantined: int
     examples: int
     tokens: int
     supervised_tokens: int
     supervised_ratio: float
     lengths: LengthSummary
+    """Zeros where there is no example."""
     formats: dict[str, int]
-    """Records by the form they came in: messages, prompt_completion, alpaca, sharegpt, text."""
+    """Records by the form they came in: messages, prompt_completion, alpaca, sharegpt, text, preference."""
     dropped_too_long: int
+    """Examples left out as `too_long: drop` says."""
     truncated: int
+    masked: dict[str, int]
+    """Texts replaced by placeholders, by kind."""
 
 
 class TestCard(Record):
     """One test set: kept as normalised records, since it is generated from, never trained on."""
 
     files: list[str]
+    read: int
+    quarantined: int
     examples: int
     longest_prompt_tokens: int
 
@@ -106,6 +136,158 @@ class TestItem(Record):
     tools: list[Any] | None
     reference: str
     """The answer to compare with."""
+
+
+class Place(Record):
+    """Where a record stands."""
+
+    path: str
+    line: int
+    """Line, or number of the record where its file has no lines; both from 1."""
+    split: str
+    """train, validation, or the name of a test set."""
+
+
+Severity = Literal["error", "warning", "note"]
+
+
+class Quarantined(Record):
+    """One line of `data/quarantine.jsonl`: a record that was not used."""
+
+    path: str
+    line: int
+    offset: int | None
+    """Byte where the record begins in its file (in the decompressed stream of a compressed file); None where it has no such place."""
+    split: str
+    reason: str
+    asked_for: bool
+    """Left out because the recipe says so (`too_long: drop`): it does not count against the budget."""
+
+
+class Finding(Record):
+    """One thing the audit found."""
+
+    kind: str
+    """exact_duplicate, near_duplicate, leak, label_conflict, label_spelling, secret, personal_data, mojibake, ..."""
+    severity: Severity
+    """Errors stop a run unless the recipe accepts their kind by name."""
+    what: str
+    """What was found, in one line."""
+    records: list[Place]
+    count: int
+    """Records concerned; more than are listed where the list had to end."""
+    advice: str
+    """What to do about it, in one sentence."""
+
+
+class Audit(Record):
+    """`data/audit.json`: what is wrong with the data, or looks so."""
+
+    findings: list[Finding]
+    """Errors first."""
+    left_out: dict[str, str]
+    """Checks that were not made, and why."""
+    sampled: dict[str, str]
+    """Checks that looked at a part only, and at which."""
+
+
+class ShownToken(Record):
+    """One token as `data show` and the report's data page print it."""
+
+    id: int
+    text: str
+    supervised: bool
+    control: bool
+
+
+class ShownTurn(Record):
+    """Consecutive tokens of one turn."""
+
+    role: str
+    """system, user, assistant, tool, ...; `document` for raw text, `template` for what belongs to no turn."""
+    tokens: list[ShownToken]
+
+
+class ShownExample(Record):
+    """An example as the model sees it."""
+
+    split: str
+    example: int
+    """Position in the split's store."""
+    origin: str
+    """File and line of the record."""
+    tokens: int
+    supervised_tokens: int
+    turns: list[ShownTurn]
+    cut: str
+    """What was cut off, and where; empty for a whole example."""
+
+
+class Term(Record):
+    """How the tokenizer splits one term of the domain."""
+
+    text: str
+    """In its commonest spelling in the data; spellings that differ in case are one term."""
+    words: int
+    occurrences: int
+    records: int
+    """Records it occurs in."""
+    pieces: list[str]
+    """As it is split after a space, as most terms stand; the space is part of the first piece."""
+    pieces_bare: list[str]
+    """As it is split at the beginning of a line or after a bracket."""
+    pieces_capital: list[str]
+    """As it is split after a space with a capital initial."""
+    broken: list[str]
+    """Those of these pieces that are unknown to the vocabulary, a fallback to a byte, or no valid UTF-8 alone."""
+    fertility: float
+    """Tokens per word, over its occurrences as they stand."""
+    saved_per_1000: float
+    """Tokens saved for every 1,000 tokens of the data if it were one token: (pieces - 1) x occurrences / tokens."""
+    rarity: float | None
+    """Times as frequent here as in general text, at least; None for a term of a glossary and for several words."""
+
+
+class TermsCard(Record):
+    """`data/terms.json`: what the tokenizer does to the words of the domain."""
+
+    glossary: str | None
+    """The file the terms come from; None where they were mined."""
+    measure: str
+    """How terms were chosen, in one sentence."""
+    records: int
+    """Training records seen."""
+    sampled: str
+    """Which part of them was counted, in words; empty for all."""
+    characters: int
+    """Characters counted."""
+    tokens: int
+    """Tokens they are, as plain text without a chat template."""
+    bytes_per_token: float
+    """UTF-8 bytes per token; the more, the better the vocabulary fits."""
+    fertility: float
+    """Tokens per word (Rust et al. 2021, How Good is Your Tokenizer?); 1.0 where every word is one token."""
+    split_words: float
+    """Share of words that are several tokens: the proportion of continued words (Rust et al. 2021)."""
+    answer_tokens: int
+    answer_bytes_per_token: float
+    answer_fertility: float
+    """The same over answers alone; 0.0 where there are none."""
+    ordinary_fertility: float
+    """Tokens per word, over words of letters that are no terms."""
+    term_fertility: float
+    """Tokens per word, over all terms' occurrences."""
+    terms: list[Term]
+    """Those that would gain most from a place in the vocabulary, the best first."""
+    found: int
+    """All terms; more than are listed where the list had to end."""
+    absent: list[str]
+    """Terms of the glossary that do not occur, the first ones."""
+    absent_count: int
+    saved_by_10: float
+    """Tokens saved for every 1,000 tokens if the 10 best terms were one token each; a word inside two terms is counted once."""
+    saved_by_50: float
+    saved_by_all: float
 
 
 class DataCard(StageRecord):

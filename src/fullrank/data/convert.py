@@ -8,6 +8,8 @@ The columns tell the form; columns that do not belong to it are ignored:
     alpaca              instruction, output [+ input]   Pair; the input follows the instruction after a blank line
     sharegpt            conversations [+ tools]         Conversation; `from` and `value` become role and content
     text                text                            Document
+    preference          chosen, rejected [+ prompt]     as prompt/completion with the chosen answer; the rejected one is no text
+                                                        to learn from, and supervised training leaves it alone
 
 Promises: every answer that comes out of here holds something; text is passed on as written, neither trimmed nor
 repaired; a record that fits no form, or two, is refused by name and line. Whether a model's chat template can render a
@@ -19,12 +21,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fullrank.data.sources import RawRecord, kind_of
 from fullrank.errors import DataError
 
-Form = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+Form = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Conversation:
     """Chat turns, at least one of them the assistant's.
 
     Every message has `role` (one of `ROLES`) and `content` (text; None only beside `tool_calls`); other keys
-    (`tool_calls`, `name`, ...) are as the record has them, for the chat template to use. `tools`: JSON schemas of
-    functions, or None.
+    (`tool_calls`, `reasoning_content`, `name`, ...) are as the record has them, for the chat template to use; `train: false` or
+    `weight: 0` leaves a turn out of the loss. `tools`: JSON schemas of functions, or None.
     """
 
     messages: list[dict[str, Any]]
@@ -79,6 +82,7 @@ _COLUMNS: dict[Form, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
 }
 _FORMS_IN_WORDS = " | ".join(" + ".join(columns) for columns in _COLUMNS.values())
 
@@ -95,6 +99,8 @@ def normalise(record: RawRecord) -> tuple[Form, Conversation | Pair | Document]:
         return form, Conversation(_answered(record, "messages", _messages(record, "messages")), _tools(record))
     if form == "sharegpt":
         return form, Conversation(_answered(record, "conversations", _sharegpt(record)), _tools(record))
+    if form == "preference":
+        return form, _preferred(record)
     if form == "text":
         return form, Document(_text(record, "text", "record without text"))
     if form == "alpaca":
@@ -148,6 +154,24 @@ def _alpaca_prompt(record: RawRecord) -> str:
     if context is not None and not isinstance(context, str):
         raise DataError(f"{record.origin}: input: must be text, found {kind_of(context)}")
     return f"{instruction}\n\n{context}" if context and context.strip() else instruction
+
+
+def _preferred(record: RawRecord) -> Conversation | Pair:
+    """The chosen answer after its prompt; a chosen conversation may hold the prompt already."""
+    if not isinstance(record.fields["chosen"], list):
+        if "prompt" not in record.fields:
+            raise DataError(f"{record.origin}: chosen: record without a prompt: the chosen answer is text with nothing before it")
+        return Pair(_text(record, "prompt", "record without a prompt"), _text(record, "chosen", "record without an answer"))
+    chosen = _answered(record, "chosen", _messages(record, "chosen"))
+    prompt = record.fields.get("prompt")
+    if prompt is None:
+        return Conversation(chosen, _tools(record))
+    if isinstance(prompt, list):
+        before = _messages(record, "prompt")
+    else:
+        before = [{"role": "user", "content": _text(record, "prompt", "record without a prompt")}]
+    is_there = chosen[: len(before)] == before or any(message["role"] == "user" for message in chosen)
+    return Conversation(chosen if is_there else before + chosen, _tools(record))
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------

@@ -1,346 +1,316 @@
-"""Records out of files: JSON Lines, JSON, CSV, Parquet, and splits of hub datasets, one record at a time.
+"""Where records come from: files of several kinds, plain or compressed, and splits of hub datasets; read in blocks.
 
-Promises: every record knows where it stands; what was read is exactly what the file says (strict UTF-8, strict JSON, no
-key lost to a second one of the same name); a file that cannot be read is one error that lists its first problems with
-their lines. What a record means is not known here: `fullrank.data.convert` says what form it has.
+    .jsonl .ndjson    one object a line                      .csv .tsv    a header, then one record a row
+    .json             one array of objects                   .parquet     one record a row
+    .txt              one record, `text`, a file             + .gz .bz2 .xz .zst, Parquet excepted
+
+One process cuts a source into blocks (`blocks`), others take the records out of them (`records`). Promises: every record of a
+file is handed out, or is a `Reject` with its place and the reason, and either way counts against the source's `limit`; memory
+is bounded by the block and the longest record; blocks follow from the content alone; a file is never modified. What a record
+means is not known here: `fullrank.data.convert` says what form it has.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
+import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from fullrank.errors import DataError, missing_extra
+from fullrank.data import hub, parse, rows, tables
+from fullrank.data.digests import DigestMemory
+from fullrank.data.parse import Origin, RawRecord, Reject, kind_of
+from fullrank.data.streams import COMPRESSED, Stream
+from fullrank.errors import DataError
+from fullrank.loading import matching_files
 from fullrank.recipe import Source
 from fullrank.run import file_digest, fingerprint
 
-#: Problems of one file that are listed before reading gives up.
-MOST_PROBLEMS = 10
-
-_BOM = b"\xef\xbb\xbf"
+__all__ = [
+    "Block",
+    "DigestMemory",
+    "Origin",
+    "RawRecord",
+    "Reject",
+    "blocks",
+    "digest",
+    "files",
+    "is_seekable",
+    "kind_of",
+    "pinned",
+    "read",
+    "read_at",
+    "records",
+    "size",
+]
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a record stands: `train.jsonl:7`, or `train.parquet:record 7` where there are no lines. Counted from 1."""
+class Block:
+    """What one worker takes at a time; its payload is the same wherever in a file the same records stand."""
 
     path: str
-    line: int
-    unit: Literal["line", "record"] = "line"
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}:record {self.line}"
-
-
-@dataclass(frozen=True)
-class RawRecord:
-    """A record as it was found: column name -> value."""
-
-    origin: Origin
-    fields: dict[str, Any]
-
-
-#: What a reader yields: a record, or a problem as `file:line: what was found`.
-_Items = Generator[RawRecord | str, None, None]
+    """The file, as messages name it; the dataset and split of a hub source."""
+    first: int
+    """Line of the first byte of the payload, or number of its first record; from 1."""
+    offset: int | None
+    """Byte of the file (decompressed, where it is compressed) at which the payload begins; None as in `Origin`."""
+    payload: bytes
+    """Whole lines of the file as they are, or rows as `fullrank.data.rows` writes them."""
+    kind: Literal["lines", "rows"]
+    seekable: bool
+    """Whether `read_at` can read its records again."""
+    source_bytes: int
+    """Bytes of the source's files that are read once this block is, compressed where they are; 0 for a hub source."""
 
 
-def read(source: Source) -> Iterator[RawRecord]:
-    """The records of a source in their order, the first `limit` of them where a limit is given.
-
-    The file is read as the records are asked for (a .json file at once). After a problem no record is handed out any
-    more, but reading goes on, so that the error lists up to `MOST_PROBLEMS` of them.
+def blocks(source: Source, *, block_bytes: int = 4 << 20) -> Iterator[Block]:
+    """The source in blocks of about `block_bytes`, in order; the first `limit` records of it where a limit is given.
 
     Raises:
-        DataError: the file is missing, of an unknown kind, empty, or holds something that cannot be read: each problem
-            with its file and line.
+        DataError: a file is missing, of an unknown kind, or cannot be used at all, or there are no records.
         UsageError: a hub dataset without the `hub` extra.
     """
-    if source.path is None:
-        items, hint, place = _read_hub(source), "check the dataset and its split on the hub", str(source.hub)
-    else:
-        path = _existing_file(source.path)
-        kind = _KINDS[path.suffix.lower()]
-        items, hint, place = kind.read(path), kind.hint, str(path)
-    problems: list[str] = []
-    found = 0
-    with closing(items):
-        for item in items:
-            if isinstance(item, str):
-                problems.append(item)
-            elif not problems:
-                yield item
-            found += 1
-            if found == source.limit or len(problems) == MOST_PROBLEMS:
-                break
-    if problems:
-        stopped = [f"{place}: not read beyond these {MOST_PROBLEMS} problems"] if len(problems) == MOST_PROBLEMS else []
-        raise DataError("\n".join(problems + stopped), hint=hint)
-    if not found:
-        raise DataError(f"{place}: holds no records", hint=hint)
+    left, is_empty, before_bytes = source.limit, True, 0
+    found: _Counted
+    places: list[Path | None] = [None] if source.path is None else [Path(name) for name in files(source)]
+    for place in places:
+        if place is None:
+            found = _row_blocks(hub.rows(source), hub.name(source), block_bytes, left, lambda: 0)
+        else:
+            found = _file_blocks(place, block_bytes, left)
+        with closing(found):
+            for block, count in found:
+                is_empty = False
+                yield replace(block, source_bytes=before_bytes + block.source_bytes)
+                left = None if left is None else left - count
+        if left == 0:
+            return
+        before_bytes += _bytes_of(place) if place else 0
+    if is_empty:
+        named = source.path or hub.name(source)
+        raise DataError(f"{named}: holds no records", hint="see the file, or the path in the recipe")
 
 
-def digest(source: Source) -> str:
-    """SHA-256 of what `read` reads: a file's kind and bytes, or a hub dataset's id, split and fingerprint, and limit.
+def records(block: Block) -> Iterator[RawRecord | Reject]:
+    """What a block holds, in order: every record, or why it could not be read."""
+    if block.kind == "rows":
+        return rows.decode(block.payload, block.path, block.first, block.offset)
+    return parse.json_lines(block.payload, block.path, block.first, block.offset or 0)
+
+
+def read(source: Source) -> Iterator[RawRecord | Reject]:
+    """What a source holds, in order; see `blocks`, whose errors it raises."""
+    for block in blocks(source):
+        yield from records(block)
+
+
+def is_seekable(path: str) -> bool:
+    """Whether single records of a file can be read again: JSON Lines that are not compressed."""
+    return _kind(Path(path)) in _LINES
+
+
+def read_at(path: str, offset: int, line: int = 0) -> RawRecord:
+    """One record again, of a file whose blocks are seekable.
+
+    Args:
+        path: the file.
+        offset: where the record begins, as its origin has it.
+        line: its line, for the origin of what is returned; 0 where it is not known.
 
     Raises:
-        DataError: the file is missing or cannot be read, or the hub dataset cannot be loaded.
+        DataError: the file cannot be read, or there is no record (any more) at this place.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(offset)
+            raw = file.readline(parse.LONGEST_BYTES + 1)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}", hint="it was there before; see whether it was moved"
+        ) from error
+    found = next(parse.json_lines(raw, path, line, offset), None)
+    if isinstance(found, RawRecord):
+        return found
+    reason = found.reason if found else "nothing stands there"
+    raise DataError(
+        f"{Origin(path, line, offset)}: there is no record here any more: {reason}",
+        hint="the file has changed since it was read; run the command again",
+    )
+
+
+def files(source: Source) -> list[str]:
+    """The files that a source names, a pattern's in the order of their names; none for a hub source.
+
+    Raises:
+        DataError: there is none, or one is missing, no file, or of an unknown kind.
     """
     if source.path is None:
-        return fingerprint("hub", source.hub, source.config, source.split, _load_hub(source)._fingerprint, source.limit)
-    path = _existing_file(source.path)
+        return []
+    found = [Path(name) for name in matching_files(source.path)]
+    if not found:
+        is_there = Path(source.path).exists()
+        problem = "is not a file" if is_there else "no file matches" if set(source.path) & set("*?[") else "no such file"
+        raise DataError(f"{source.path}: {problem}", hint="check the path in the recipe")
+    wrong = [said for path in found if (said := _problem(path))]
+    if wrong:
+        raise DataError("\n".join(wrong), hint="convert the file, correct its name, or name the files more closely")
+    return [str(path) for path in found]
+
+
+def size(source: Source) -> int | None:
+    """Bytes of all the files of a source, as `Block.source_bytes` counts them; None for a hub source.
+
+    Raises:
+        DataError: as `files`.
+    """
+    return None if source.path is None else sum(_bytes_of(Path(name)) for name in files(source))
+
+
+def digest(source: Source, known: DigestMemory | None = None) -> str:
+    """SHA-256 of what `blocks` reads: kinds and bytes of the files, or a hub dataset's id, split and state; and the limit.
+
+    Args:
+        source: the source.
+        known: spares reading files that are proven unchanged; to be saved by the caller.
+
+    Raises:
+        DataError: a file is missing or cannot be read, or the hub dataset cannot be loaded.
+    """
+    if source.path is None:
+        return hub.digest(source)
+    found = []
+    for path in map(Path, files(source)):
+        try:
+            found.append([_kind(path), known.digest(path) if known else file_digest(path)])
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return fingerprint("files", found, source.limit)
+
+
+def pinned(source: Source) -> Source:
+    """The source with the commit that a streamed dataset is at now as its revision, so that all reading sees the same one.
+
+    Raises:
+        DataError: the hub cannot be reached, or knows no such dataset or revision.
+    """
+    return source.model_copy(update={"revision": hub.commit(source)}) if source.streaming else source
+
+
+# ---- blocks of files ------------------------------------------------------------------------------------------------
+
+_LINES = (".jsonl", ".ndjson")
+#: Kinds whose records are parsed where the file is opened: the place of one record depends on all before it.
+_READERS: dict[str, Callable[[Stream], Iterator[RawRecord | Reject]]] = {
+    ".json": parse.json_array,
+    ".csv": lambda stream: tables.csv_rows(stream, ","),
+    ".tsv": lambda stream: tables.csv_rows(stream, "\t"),
+    ".txt": parse.text_file,
+}
+_PARQUET = ".parquet"
+_KINDS = (*_LINES, *_READERS, _PARQUET)
+
+#: Blocks, each with the number of its records (any number but 0 where there is no limit to count for).
+_Counted = Generator[tuple[Block, int], None, None]
+
+
+def _kind(path: Path) -> str:
+    """The suffixes that tell how a file is read: `.jsonl`, `.csv.gz`; not lower case ones count as well."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return before + last if last in COMPRESSED else last
+
+
+def _problem(path: Path) -> str | None:
+    """Why a file's name makes it no data file."""
+    kind = _kind(path)
+    plain = Path(kind).stem if Path(kind).suffix in COMPRESSED else kind
     try:
-        return fingerprint("file", path.suffix.lower(), file_digest(path), source.limit)
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"{str(path)!r}: the name is not UTF-8"
+    if plain not in _KINDS or (plain == _PARQUET and plain != kind):
+        found = f"{kind!r} files are not known" if kind else "a data file's name tells its kind"
+        compressed = ", ".join(COMPRESSED)
+        return f"{path}: {found}; allowed: {', '.join(_KINDS)}, and but for {_PARQUET} compressed as {compressed}"
+    return None
+
+
+def _bytes_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _existing_file(written: str) -> Path:
-    path = Path(written)
-    if path.suffix.lower() not in _KINDS:
-        found = f"{path.suffix!r} files are not known" if path.suffix else "a data file's name tells its kind"
-        raise DataError(f"{path}: {found}; allowed: {', '.join(_KINDS)}", hint="convert the file, or correct its name")
-    if not path.is_file():
-        found = "is not a file" if path.exists() else "no such file"
-        raise DataError(f"{path}: {found}", hint="check the path in the recipe")
-    return path
+def _file_blocks(path: Path, block_bytes: int, limit: int | None) -> _Counted:
+    kind = _kind(path)
+    plain = Path(kind).stem
+    if kind == _PARQUET:
+        yield from _row_blocks(tables.parquet_rows(path), str(path), block_bytes, limit, lambda: 0)
+        return
+    with Stream(path) as stream:
+        if plain in _LINES:
+            yield from _line_blocks(stream, block_bytes, limit)
+        else:
+            yield from _row_blocks(_READERS[plain](stream), str(path), block_bytes, limit, lambda: stream.consumed_bytes)
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is written twice in one object")
-    return fields
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_without_repeated_keys)
-
-
-def _excerpt(text: str, position: int) -> str:
-    return text[position : position + 30].split("\n")[0]
-
-
-def _json_problem(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        near = _excerpt(error.doc, error.pos)
-        where = f"near {near!r}" if near else "where the text ends"
-        return f"not valid JSON: {error.msg[:1].lower()}{error.msg[1:]} at column {error.colno}, {where}"
-    return "not usable JSON: nested too deeply" if isinstance(error, RecursionError) else f"not usable JSON: {error}"
-
-
-def _object_problem(value: Any, text: str) -> str | None:
-    """Why a parsed value is no record; `text` is the JSON it was parsed from."""
-    if not isinstance(value, dict):
-        return f"expected a JSON object, found {kind_of(value)}"
-    if "\\u" in text:  # only an escape can bring half a surrogate pair, which no tokenizer can take
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return f"a string holds half a surrogate pair ({error.object[error.start]!r}), which is no character"
-    return None
-
-
-def _encoding_problem(error: UnicodeDecodeError) -> str:
-    column = error.start - error.object.rfind(b"\n", 0, error.start)
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at column {column}"
-
-
-def _read_json_lines(path: Path) -> _Items:
-    """One object a line. Lines end at the byte \\n alone: U+2028 and its like may stand inside strings."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(_BOM) if number == 1 else raw
-            if not raw.strip():
+def _line_blocks(stream: Stream, block_bytes: int, limit: int | None) -> _Counted:
+    left, is_plain = limit, is_seekable(stream.path)
+    for chunk in parse.line_chunks(stream, block_bytes):
+        if isinstance(chunk, Reject):
+            yield from _row_blocks(iter([chunk]), stream.path, block_bytes, left, lambda: stream.consumed_bytes)
+            count = 1
+        else:
+            line, offset, payload = chunk
+            payload, count = _first_lines(payload, left)
+            if not count:
                 continue
-            origin = Origin(str(path), number)
-            try:
-                text = raw.decode("utf-8").rstrip("\r\n")
-                value = _DECODER.decode(text)
-                problem = _object_problem(value, text)
-            except UnicodeDecodeError as error:
-                problem = _encoding_problem(error)
-            except (ValueError, RecursionError) as error:
-                problem = _json_problem(error)
-            yield f"{origin}: {problem}" if problem else RawRecord(origin, value)
+            done_bytes = offset + len(payload) if is_plain else stream.consumed_bytes
+            yield Block(stream.path, line, offset, payload, "lines", is_plain, done_bytes), count
+        if left is not None:
+            left -= count
+            if not left:
+                return
 
 
-def _read_json_array(path: Path) -> _Items:
-    """The objects of one array, each with the line on which it begins."""
-    raw = path.read_bytes().removeprefix(_BOM)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield f"{path}:{line}: {_encoding_problem(error)}"
-        return
-    position, line = _past_space(text, 0, 1)
-    if not text[position:]:
-        return
-    if text[position] != "[":
-        yield f"{path}:{line}: expected an array of objects ([...]), found {_excerpt(text, position)!r}"
-        return
-    position, line = _past_space(text, position + 1, line)
-    is_first = True
-    while text[position : position + 1] != "]" or not is_first:
-        origin = Origin(str(path), line)
-        try:
-            value, end = _DECODER.raw_decode(text, position)
-            problem = _object_problem(value, text[position:end])
-        except (ValueError, RecursionError) as error:
-            found_line = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            yield f"{path}:{found_line}: {_json_problem(error)}"
+def _first_lines(payload: bytes, limit: int | None) -> tuple[bytes, int]:
+    """The payload up to its `limit`-th line that is not blank, and how many such lines it has (1 for any, without a limit)."""
+    if limit is None:
+        return payload, int(_NOT_BLANK.search(payload) is not None)
+    count = end = 0
+    for raw in payload.split(b"\n"):
+        end += len(raw) + 1
+        count += bool(raw.strip(parse.SPACE))
+        if count == limit:
+            return payload[:end], count
+    return payload, count
+
+
+_NOT_BLANK = re.compile(rb"[^ \t\r\n]")
+
+
+def _row_blocks(
+    items: Iterator[RawRecord | Reject], path: str, block_bytes: int, limit: int | None, done_bytes: Callable[[], int]
+) -> _Counted:
+    pieces: list[bytes] = []
+    length = first = 0
+    offset: int | None = None
+
+    def block() -> Block:
+        return Block(path, first, offset, b"[" + b",".join(pieces) + b"]", "rows", False, done_bytes())
+
+    for total, item in enumerate(items, start=1):
+        if not pieces:
+            first, offset = item.origin.line, item.origin.offset
+        pieces.append(rows.encode(item, first, offset))
+        length += len(pieces[-1])
+        if length >= block_bytes or total == limit:
+            yield block(), len(pieces)
+            pieces, length = [], 0
+        if total == limit:
             return
-        yield f"{origin}: {problem}" if problem else RawRecord(origin, value)
-        position, line = _past_space(text, end, line + text.count("\n", position, end))
-        mark = text[position : position + 1]
-        if mark == "]":
-            break
-        if mark != ",":
-            yield f"{path}:{line}: expected ',' or ']' after a record, found {mark or 'the end of the file'!r}"
-            return
-        position, line = _past_space(text, position + 1, line)
-        is_first = False
-    position, line = _past_space(text, position + 1, line)
-    if text[position:]:
-        yield f"{path}:{line}: more text after the array: {_excerpt(text, position)!r}"
-
-
-def _past_space(text: str, position: int, line: int) -> tuple[int, int]:
-    """The next position that holds no JSON white space, and its line."""
-    while position < len(text) and text[position] in " \t\r\n":
-        line += text[position] == "\n"
-        position += 1
-    return position, line
-
-
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-def _read_csv(path: Path) -> _Items:
-    """A header, then one record a row, every value text; a row may span lines inside quotes."""
-    csv.field_size_limit(sys.maxsize)  # the module's own limit, 131,072 characters, is shorter than a long document
-    with path.open("rb") as file:
-        # Decoded line by line, so that a wrong byte is known by its line.
-        lines = (raw.removeprefix(_BOM if index == 0 else b"").decode() for index, raw in enumerate(file))
-        rows = csv.reader(lines, strict=True)
-        header: list[str] = []
-        while True:
-            line = rows.line_num + 1
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except UnicodeDecodeError as error:
-                yield f"{path}:{rows.line_num + 1}: {_encoding_problem(error)}"
-                return
-            except csv.Error as error:
-                yield f"{path}:{line}: not valid CSV: {error}"
-                return
-            if not row:
-                continue
-            if not header:
-                header = row
-                repeated = sorted({name for name in header if header.count(name) > 1})
-                if repeated:
-                    yield f"{path}:{line}: the header names the column {repeated[0]!r} twice"
-                    return
-            elif len(row) != len(header):
-                yield f"{path}:{line}: {len(row)} values where the header names {len(header)} columns"
-            else:
-                yield RawRecord(Origin(str(path), line), dict(zip(header, row, strict=True)))
-
-
-def _read_parquet(path: Path) -> _Items:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRecord(Origin(str(path), number, "record"), _without_nested_nulls(row))
-    except (pyarrow.ArrowException, OSError) as error:
-        yield f"{path}: cannot be read as Parquet after {number} records: {error}"
-
-
-def _without_nested_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the null members of nested structs left out.
-
-    Arrow gives every struct of a column the same members, so that a chat turn without tool calls comes back with
-    `tool_calls: null`; chat templates that ask whether the key is there would be misled.
-    """
-
-    def prune(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: prune(below) for key, below in value.items() if below is not None}
-        return [prune(item) for item in value] if isinstance(value, list) else value
-
-    return {name: prune(value) for name, value in row.items()}
-
-
-# ---- hub ------------------------------------------------------------------------------------------------------------
-
-
-def _load_hub(source: Source) -> Any:
-    """The split as a `datasets.Dataset`."""
-    try:
-        import datasets
-    except ImportError:
-        raise missing_extra("datasets", "hub", f"the hub dataset {source.hub}") from None
-    try:
-        return datasets.load_dataset(source.hub, source.config, split=source.split, streaming=False)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(
-            f"hub dataset {source.hub}, split {source.split}: cannot be loaded: {reason[0]}",
-            hint="check its id and split, the network, and HF_TOKEN for a gated dataset",
-        ) from error
-
-
-def _read_hub(source: Source) -> _Items:
-    for number, row in enumerate(_load_hub(source), start=1):
-        yield RawRecord(Origin(f"{source.hub}[{source.split}]", number, "record"), _without_nested_nulls(row))
-
-
-# ---- kinds ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Kind:
-    read: Callable[[Path], _Items]
-    hint: str
-
-
-_JSON_LINES = _Kind(_read_json_lines, "each line holds one JSON object; an array of objects goes into a .json file")
-_KINDS: dict[str, _Kind] = {
-    ".jsonl": _JSON_LINES,
-    ".ndjson": _JSON_LINES,
-    ".json": _Kind(_read_json_array, "it holds one array of objects; one object a line goes into a .jsonl file"),
-    ".csv": _Kind(_read_csv, "the first row names the columns, and every other row has a value for each"),
-    ".parquet": _Kind(_read_parquet, "write the file again; each row is one record"),
-}
-
-
-def kind_of(value: Any) -> str:
-    """What a value from a data file is called in messages: `a list`, `text`, `null`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "binary data"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    if pieces:
+        yield block(), len(pieces)

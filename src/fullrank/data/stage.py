@@ -1,54 +1,59 @@
-"""The data stage: records -> token stores and test items, with a card of what is in them.
+"""The data stage: sources -> shards -> splits, with a card, an audit and a quarantine of what could not be used.
 
-Reads what the recipe names, renders every record once with the model's own template, and writes `data/` in one piece. A record
-that cannot be trained on (no answer, nothing supervised, too long) stops the stage with file and line before any model is loaded;
-up to twenty such records are named at once. An unchanged stage is not run again.
+Every record is rendered once with the model's own template, in parallel and in bounded memory. What is found is written down
+first and judged after: `data/` is there to look at even when the run is refused, because a record cannot be trained on or
+because the audit found an error that the recipe does not accept. An unchanged stage is not run again, and a stopped one
+continues.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fullrank.data import convert, sources
-from fullrank.data.convert import Conversation, Document, Pair
-from fullrank.errors import DataError, UsageError
+from fullrank.data import sources
+from fullrank.data.audit.conclude import conclude
+from fullrank.data.audit.observe import version
+from fullrank.data.cache import ShardCache
+from fullrank.data.facts import Facts
+from fullrank.data.pool import Pool
+from fullrank.data.samples import Samples
+from fullrank.data.sources import DigestMemory
+from fullrank.data.splits import Splits, all_sources, settings_for, source_name, training_sources
+from fullrank.data.terms import audit_terms
+from fullrank.errors import DataRefused, UsageError
+from fullrank.loading import matching_files
 from fullrank.meter import Meter
 from fullrank.models.load import load_tokenizer
 from fullrank.models.source import ResolvedModel
 from fullrank.recipe import Data, Recipe, Source, ValidationSplit
-from fullrank.records import DataCard, LengthSummary, SplitCard, TestCard, TestItem
-from fullrank.run import (
-    Run,
-    append_json_line,
-    file_digest,
-    fingerprint,
-    new_folder,
-    read_json_lines,
-    read_record,
-    write_record,
-)
-from fullrank.sequences.chat import ChatRenderer, Tokens
-from fullrank.sequences.order import held_out
-from fullrank.sequences.store import StoreWriter
+from fullrank.records import Audit, DataCard, Quarantined
+from fullrank.run import Run, file_digest, fingerprint, new_folder, read_json_lines, read_record, write_record
+from fullrank.sequences.chat import ChatFormat
 from fullrank.units import plural
 
-#: Raised whenever the same records would give other tokens, so that stores written before are not taken for current.
-PREPARATION_VERSION = 1
+#: Rejected records that a refusal names; all of them are in the quarantine.
+_MOST_NAMED = 20
 
-_MOST_PROBLEMS = 20
+#: Records read again to find terms; what is looked at is a sample of their characters.
+_MOST_READ_FOR_TERMS = 20_000
+
+#: Below this much data, starting processes takes longer than the work.
+_SMALL_BYTES = 8 << 20
 
 
 def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
     """Prepares the data of a recipe, or finds it prepared.
 
     Raises:
-        DataError: naming file and line of what cannot be used.
+        DataError: a source or the chat template cannot be used at all.
+        DataRefused: naming file and line of records that cannot be used, or what the audit found; `data/` is written.
         UsageError: a source needs an extra that is not installed.
     """
     card = read_record(run.data / "card.json", DataCard)
@@ -57,10 +62,15 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
         run.tell("reused", stage="data", what="tokens as prepared before; the files they came from are no longer there")
         return card
     tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
-    for_training = _training_fingerprint(recipe, base, tokenizer)
-    current = fingerprint(for_training, {name: _digests(items) for name, items in recipe.data.test.items()})
+    cache = ShardCache(run.root.parent / ".shards")
+    memory = DigestMemory.load(cache.digests)
+    for_training = _training_fingerprint(recipe, base, tokenizer, memory)
+    tests = {name: _digests(items, memory) for name, items in recipe.data.test.items()}
+    current = fingerprint(for_training, tests, _audit_settings(recipe.data))
+    memory.save()
     if card and card.fingerprint == current:
         run.tell("reused", stage="data", what=f"{plural(card.train.examples, 'training example')}, tokens as prepared before")
+        refuse(card, recipe.data, run)
         return card
     if begun and begun[0]["data"] != for_training:
         raise UsageError(
@@ -68,62 +78,158 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
             hint=f"give this recipe another `name`, or delete {run.root} to start anew",
         )
     run.tell("started", stage="data")
-    renderer = ChatRenderer(tokenizer, recipe.data.template_date, recipe.model.source)
     with Meter() as meter, new_folder(run.data) as folder:
-        preparation = _Preparation(recipe.data, renderer, base.facts.context_tokens)
-        train, validation = preparation.splits(folder, recipe.train.seed)
-        tests = {name: preparation.test(name, items, folder) for name, items in recipe.data.test.items()}
-        preparation.raise_problems()
+        chat = ChatFormat.of(tokenizer, recipe.data.template_date, recipe.model.source)
+        with Pool(_processes(recipe)) as pool:
+            splits = Splits(recipe, base, chat, cache, pool, run, folder)
+            splits.prepare()
+            written = splits.write()
+            audit = conclude(
+                splits.facts,
+                skip=frozenset(recipe.data.audit.skip),
+                held_out=isinstance(recipe.data.validation, ValidationSplit),
+                supervised_tokens=written["train"].supervised_tokens,
+                parameters=base.facts.parameters,
+                pool=pool,
+                scratch=folder,
+            )
         card = DataCard(
             fingerprint=current,
             seconds=meter.seconds,
             peak_bytes=meter.peak_bytes,
-            chat_template="recipe" if recipe.data.chat_template else "model" if renderer.has_template else "none",
+            chat_template="recipe" if recipe.data.chat_template else "model" if chat.template else "none",
             training_fingerprint=for_training,
-            stop_ids=renderer.stop_ids(),
-            train=train,
-            validation=validation,
-            tests=tests,
-            notes=preparation.notes(),
+            stop_ids=splits.stop_ids(),
+            train=written["train"],
+            validation=written["validation"],
+            tests=splits.test_cards(),
+            notes=splits.notes(),
         )
+        write_record(folder / "audit.json", audit)
+        _write_samples(folder, recipe, tokenizer, audit)
+        _write_terms(folder, recipe, tokenizer, splits.facts[0])
         write_record(folder / "card.json", card)
+    cache.prune()
     for note in card.notes:
         run.tell("note", stage="data", words=note)
+    run.tell("audited", findings=Counter(f"{finding.severity} {finding.kind}" for finding in audit.findings))
     run.tell("finished", stage="data", seconds=card.seconds, examples=card.train.examples, tokens=card.train.tokens)
+    refuse(card, recipe.data, run)
     return card
+
+
+def _write_samples(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:
+    """Writes `shown.jsonl`: examples that tell most about each split."""
+    with (folder / "shown.jsonl").open("w", encoding="utf-8") as file:
+        for split in ("train", "validation"):
+            samples = Samples(folder, split, recipe.data, tokenizer, recipe.model.source)
+            for example in samples.shown(samples.telling(audit)):
+                file.write(example.model_dump_json() + "\n")
+
+
+def _write_terms(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Facts) -> None:
+    """Writes `terms.json`: how the tokenizer splits the words of the training data."""
+    backend: Any = tokenizer
+    step = max(1, len(train) // _MOST_READ_FOR_TERMS)
+    subjects = train.subjects(range(0, len(train), step))
+    glossary = Path(recipe.data.glossary) if recipe.data.glossary else None
+    write_record(folder / "terms.json", audit_terms(subjects, backend.backend_tokenizer, glossary))
+
+
+# ---- what a run is refused for --------------------------------------------------------------------------------------
+
+
+def refuse(card: DataCard, data: Data, run: Run) -> None:
+    """Raises what stands between the prepared data and a run, or nothing.
+
+    Raises:
+        DataRefused: rejected records beyond the budget, an empty split, or errors of the audit that the recipe does not accept.
+    """
+    rejected = [line for line in _lines(run.data / "quarantine.jsonl", Quarantined) if not line.asked_for]
+    if len(rejected) > data.quarantine_budget:
+        named = "\n".join(f"{_place(line)}: {line.reason}" for line in rejected[:_MOST_NAMED])
+        more = len(rejected) - _MOST_NAMED
+        rest = f"\n({plural(more, 'more record')} in {run.data / 'quarantine.jsonl'})" if more > 0 else ""
+        budget = f"\ndata.quarantine_budget is {data.quarantine_budget}" if data.quarantine_budget else ""
+        too_long = all(re.search(r"^\d+ tokens, |after token", line.reason) for line in rejected)
+        raise DataRefused(
+            named + rest + budget,
+            hint="raise data.max_length (up to the model's context), or say data.too_long: drop"
+            if too_long
+            else "mend or remove these records, or allow as many as there are with data.quarantine_budget",
+        )
+    for name, split in (("train", card.train), ("validation", card.validation)):
+        if not split.examples:
+            if name == "validation" and isinstance(data.validation, ValidationSplit):
+                raise DataRefused(
+                    f"data.validation: a share of {plural(card.train.examples, 'example')} cannot be held out",
+                    hint="give more training records, or a validation file",
+                )
+            raise DataRefused(f"data.{name}: no example is left to use", hint="see data.max_length and data.too_long")
+    audit = read_record(run.data / "audit.json", Audit)
+    errors = [f for f in (audit.findings if audit else []) if f.severity == "error" and f.kind not in data.audit.accept]
+    if errors:
+        kinds = list(dict.fromkeys(finding.kind for finding in errors))
+        lines = [f"{finding.kind}: {finding.what}: {_places(finding.records)}" for finding in errors[:_MOST_NAMED]]
+        more = len(errors) - _MOST_NAMED
+        rest = f"\n({plural(more, 'more finding')} in {run.data / 'audit.json'})" if more > 0 else ""
+        raise DataRefused(
+            "the audit of the data found errors:\n" + "\n".join(lines) + rest,
+            hint=f"mend the data ({errors[0].advice}), or accept them by name: data.audit.accept=[{', '.join(kinds)}]",
+        )
+
+
+def _place(line: Quarantined) -> str:
+    return f"{line.path}:{line.line}" if line.offset is not None else f"{line.path}:record {line.line}"
+
+
+def _places(records: Sequence[Any]) -> str:
+    named = ", ".join(f"{place.path}:{place.line}" for place in records[:3])
+    return named + (f" and {len(records) - 3} more" if len(records) > 3 else "")
+
+
+def _lines(path: Path, kind: type[Quarantined]) -> Iterator[Quarantined]:
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                yield kind.model_validate_json(line)
+
+
+# ---- what the stage depends on --------------------------------------------------------------------------------------
 
 
 def _missing_files(data: Data) -> list[str]:
     """Files that the recipe names and that are not there."""
-    everything = [*_training_sources(data), *(source for items in data.test.values() for source in items)]
-    return [path for path in [data.chat_template, *(s.path for s in everything)] if path and not Path(path).is_file()]
+    everything = [*training_sources(data), *(source for items in data.test.values() for source in items)]
+    missing = [s.path for s in everything if s.path and not matching_files(s.path)]
+    return [*missing, *(path for path in (data.chat_template, data.glossary) if path and not Path(path).is_file())]
 
 
 def _test_files(data: Data) -> dict[str, list[str]]:
-    return {name: [_name(source) for source in items] for name, items in data.test.items()}
+    return {name: [source_name(source) for source in items] for name, items in data.test.items()}
 
 
-def _training_sources(data: Data) -> list[Source]:
-    return [*data.train, *([] if isinstance(data.validation, ValidationSplit) else data.validation)]
-
-
-def _training_fingerprint(recipe: Recipe, base: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def _training_fingerprint(recipe: Recipe, base: ResolvedModel, tokenizer: PreTrainedTokenizerBase, memory: DigestMemory) -> str:
     """Over what training and validation examples depend on: content and settings, not where files are."""
     data = recipe.data
     ratio = data.validation.ratio if isinstance(data.validation, ValidationSplit) else None
     return fingerprint(
-        PREPARATION_VERSION,
-        [data.max_length, data.too_long, data.loss_on, data.template_date, ratio, recipe.train.seed],
-        _digests(data.train),
-        _digests(_training_sources(data)),
-        tokenizer.chat_template,
+        settings_for(recipe, base, ChatFormat.of(tokenizer, data.template_date, ""), is_test=False).fingerprint,
+        [data.mix_by, ratio, recipe.train.seed],
+        [[source.weight, source.repeat] for source in data.train],
+        _digests(data.train, memory),
+        _digests(training_sources(data), memory),
         _tokenizer_fingerprint(base.folder),
-        base.facts.context_tokens,
     )
 
 
-def _digests(items: list[Source]) -> list[str]:
-    return [sources.digest(source) for source in items]
+def _audit_settings(data: Data) -> list[Any]:
+    glossary = file_digest(Path(data.glossary)) if data.glossary else None
+    return [sorted(data.audit.skip), version(), glossary]
+
+
+def _digests(items: list[Source], memory: DigestMemory) -> list[str]:
+    return [sources.digest(source, memory) for source in items]
 
 
 def _tokenizer_fingerprint(folder: Path) -> str:
@@ -131,233 +237,10 @@ def _tokenizer_fingerprint(folder: Path) -> str:
     return fingerprint({name: file_digest(folder / name) for name in names if (folder / name).is_file()})
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    """A record (or a piece of one) as tokens, and where it came from."""
-
-    tokens: Tokens
-    origin: str
-    form: str
-    truncated: bool
-
-
-class _Preparation:
-    """One pass over the sources of a recipe; problems are gathered and raised together."""
-
-    def __init__(self, data: Data, renderer: ChatRenderer, context_tokens: int | None) -> None:
-        self.data = data
-        self.renderer = renderer
-        self.longest = min(data.max_length, context_tokens or data.max_length)
-        by_recipe = self.longest == data.max_length
-        self.limit = f"data.max_length is {data.max_length}" if by_recipe else f"the model's context is {context_tokens}"
-        self.problems: list[str] = []
-        self.hint = "mend or remove these records"
-        self.dropped: Counter[str] = Counter()
-        """Records too long to use, by split."""
-        self.examples: dict[str, list[_Rendered]] = {}
-
-    # ---- splits -----------------------------------------------------------------------------------------------------
-
-    def splits(self, folder: Path, seed: int) -> tuple[SplitCard, SplitCard]:
-        """Writes `train/` and `validation/` token stores."""
-        train = list(self._rendered("train", self.data.train))
-        validation_sources: list[Source] = self.data.train
-        if isinstance(self.data.validation, ValidationSplit):
-            train, validation = self._hold_out(train, self.data.validation.ratio, seed)
-        else:
-            validation_sources = self.data.validation
-            validation = list(self._rendered("validation", validation_sources))
-        self.raise_problems()
-        for name, examples in (("train", train), ("validation", validation)):
-            if not examples:
-                raise DataError(f"data.{name}: no example is left to use", hint="see data.max_length and data.too_long")
-        self.examples = {"train": train, "validation": validation}
-        return (
-            self._write("train", train, self.data.train, folder / "train"),
-            self._write("validation", validation, validation_sources, folder / "validation"),
-        )
-
-    def _hold_out(self, examples: list[_Rendered], ratio: float, seed: int) -> tuple[list[_Rendered], list[_Rendered]]:
-        """(training, validation) examples: whole records are held out, so that no document is on both sides.
-
-        A single document in pieces is held out from its end.
-        """
-        records = list(dict.fromkeys(example.origin for example in examples))
-        if len(records) > 1:
-            taken = {records[number] for number in held_out(len(records), ratio, seed)}
-            return [e for e in examples if e.origin not in taken], [e for e in examples if e.origin in taken]
-        if len(examples) > 1:
-            first = len(examples) - min(len(examples) - 1, max(1, round(ratio * len(examples))))
-            return examples[:first], examples[first:]
-        if not self.problems:
-            raise DataError(
-                f"data.validation: a share of {plural(len(examples), 'example')} cannot be held out",
-                hint="give more training records, or a validation file",
-            )
-        return examples, []
-
-    def _write(self, split: str, examples: list[_Rendered], items: list[Source], folder: Path) -> SplitCard:
-        folder.mkdir()
-        writer = StoreWriter(folder)
-        for example in examples:
-            writer.append(example.tokens, example.origin)
-        writer.close()
-        lengths = np.asarray([len(example.tokens.ids) for example in examples])
-        supervised = sum(example.tokens.supervised_targets() for example in examples)
-        forms = {example.origin: example.form for example in examples}
-        return SplitCard(
-            files=[_name(source) for source in items],
-            examples=len(examples),
-            tokens=int(lengths.sum()),
-            supervised_tokens=supervised,
-            supervised_ratio=supervised / int(lengths.sum()),
-            lengths=LengthSummary(
-                shortest=int(lengths.min()),
-                median=int(np.median(lengths)),
-                p95=int(np.percentile(lengths, 95)),
-                longest=int(lengths.max()),
-            ),
-            formats=dict(Counter(forms.values())),
-            dropped_too_long=self.dropped[split],
-            truncated=sum(example.truncated for example in examples),
-        )
-
-    def _rendered(self, split: str, items: list[Source]) -> Iterator[_Rendered]:
-        for source in items:
-            for record in self._records(source):
-                if len(self.problems) >= _MOST_PROBLEMS:
-                    return
-                try:
-                    form, example = convert.normalise(record)
-                    tokens = self._tokens(example)
-                except DataError as error:
-                    self.problems.append(_placed(record.origin, error))
-                    continue
-                is_cut = len(tokens.ids) > self.longest
-                pieces = self._fitted(tokens, isinstance(example, Document), str(record.origin))
-                self.dropped[split] += not pieces
-                for piece in pieces:
-                    if piece.supervised_targets() == 0:
-                        self.problems.append(
-                            f"{record.origin}: no supervised token is left"
-                            + (f": the answer begins after token {self.longest}" if is_cut else "")
-                        )
-                    else:
-                        yield _Rendered(piece, str(record.origin), form, is_cut and len(pieces) == 1)
-
-    def _records(self, source: Source) -> Iterator[sources.RawRecord]:
-        """The records of a source; what cannot be read in it joins the problems found so far."""
-        try:
-            yield from sources.read(source)
-        except DataError as error:
-            self.problems += error.message.splitlines()
-            self.hint = error.hint or self.hint
-
-    def _tokens(self, example: Conversation | Pair | Document) -> Tokens:
-        match example:
-            case Conversation(messages, tools):
-                return self.renderer.conversation(messages, tools=tools, loss_on=self.data.loss_on)
-            case Pair(prompt, completion):
-                return self.renderer.pair(prompt, completion, loss_on=self.data.loss_on)
-            case Document(text):
-                return self.renderer.document(text)
-
-    def _fitted(self, tokens: Tokens, is_document: bool, origin: str) -> list[Tokens]:
-        """The example within the limit, as `too_long` says: itself, a part, several parts, or none."""
-        length, most = len(tokens.ids), self.longest
-        if length <= most:
-            return [tokens]
-        match self.data.too_long:
-            case "drop":
-                return []
-            case "truncate":
-                return [Tokens(tokens.ids[:most], tokens.supervised[:most])]
-            case "chunk" if is_document:
-                starts = range(0, length - 1, most)  # a last piece of one token predicts nothing
-                return [Tokens(tokens.ids[s : s + most], tokens.supervised[s : s + most]) for s in starts]
-        reason = "only raw text can be chunked" if self.data.too_long == "chunk" else "data.too_long is error"
-        self.problems.append(f"{origin}: {length} tokens, {self.limit} and {reason}")
-        return []
-
-    # ---- tests ------------------------------------------------------------------------------------------------------
-
-    def test(self, name: str, items: list[Source], folder: Path) -> TestCard:
-        """Writes `tests/<name>.jsonl`."""
-        path = folder / "tests" / f"{name}.jsonl"
-        count = longest = 0
-        for source in items:
-            for record in self._records(source):
-                if len(self.problems) >= _MOST_PROBLEMS:
-                    break
-                try:
-                    _, example = convert.normalise(record)
-                    item = self._test_item(str(record.origin), example)
-                    prompt = item.prompt if item.messages is None else self.renderer.prompt(item.messages, tools=item.tools)
-                    longest = max(longest, len(self.renderer.ids(prompt or "")))
-                except DataError as error:
-                    self.problems.append(_placed(record.origin, error))
-                    continue
-                append_json_line(path, item.model_dump())
-                count += 1
-        return TestCard(files=[_name(source) for source in items], examples=count, longest_prompt_tokens=longest)
-
-    def _test_item(self, origin: str, example: Conversation | Pair | Document) -> TestItem:
-        match example:
-            case Conversation(messages, tools):
-                last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-                reference = messages[last].get("content") or ""
-                return TestItem(id=origin, messages=messages[:last], prompt=None, tools=tools, reference=reference)
-            case Pair(prompt, completion) if self.renderer.has_template:
-                messages = [{"role": "user", "content": prompt}]
-                return TestItem(id=origin, messages=messages, prompt=None, tools=None, reference=completion)
-            case Pair(prompt, completion):
-                return TestItem(id=origin, messages=None, prompt=prompt, tools=None, reference=completion)
-            case Document():
-                raise DataError("a test record needs a prompt and an answer; raw text belongs into data.validation")
-
-    # ---- words ------------------------------------------------------------------------------------------------------
-
-    def raise_problems(self) -> None:
-        """Raises everything found so far, or nothing."""
-        if self.problems:
-            more = f"\n(stopped looking after {_MOST_PROBLEMS})" if len(self.problems) >= _MOST_PROBLEMS else ""
-            too_long = any(self.limit in problem or "after token" in problem for problem in self.problems)
-            raise DataError(
-                "\n".join(self.problems[:_MOST_PROBLEMS]) + more,
-                hint="raise data.max_length (up to the model's context), or say data.too_long: drop" if too_long else self.hint,
-            )
-
-    def notes(self) -> list[str]:
-        """What the user should know and need not mend."""
-        notes = []
-        words = {
-            "alpaca": "Alpaca: instruction and input became the user's turn, output the assistant's",
-            "sharegpt": "ShareGPT: from/value became role/content",
-        }
-        plain = False
-        for split, examples in self.examples.items():
-            forms = Counter({e.origin: e.form for e in examples}.values())
-            plain = plain or bool(forms["prompt_completion"] + forms["alpaca"])
-            for form, word in words.items():
-                if forms[form]:
-                    notes.append(f"{split}: {plural(forms[form], 'record')} converted from {word}")
-            pieces = Counter(e.origin for e in examples)
-            for count, happened in (
-                (self.dropped[split], "dropped"),
-                (sum(e.truncated for e in examples), "truncated"),
-                (sum(count > 1 for count in pieces.values()), "cut into pieces"),
-            ):
-                if count:
-                    notes.append(f"{split}: {plural(count, 'record')} longer than {self.longest} tokens {happened}")
-        if plain and not self.renderer.has_template:
-            notes.append("the model has no chat template: prompt and completion are joined exactly as they are given")
-        return notes
-
-
-def _name(source: Source) -> str:
-    return source.path or f"hub:{source.hub}/{source.split}"
-
-
-def _placed(origin: sources.Origin, error: DataError) -> str:
-    """The error's words with the record's place before them, once."""
-    return error.message if error.message.startswith(str(origin)) else f"{origin}: {error.message}"
+def _processes(recipe: Recipe) -> int:
+    """Processes that work beside this one; 0 where the data are little or one process is all there may be."""
+    sizes = [sources.size(source) for source in all_sources(recipe.data)]
+    if all(size is not None for size in sizes) and sum(size or 0 for size in sizes) < _SMALL_BYTES:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return recipe.machine.workers or cores

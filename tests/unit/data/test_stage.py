@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from staging import Staged, leftovers, staged, write_case, write_lines
 from tiny import CHATML, chat_rows, write_jsonl
@@ -36,13 +37,18 @@ def refusal(case: Path, *overrides: str) -> DataError:
     run = staged(case, overrides)
     with pytest.raises(DataError) as caught:
         run.data()
-    assert not run.run.data.exists() and leftovers(case.parent) == []  # nothing half-written
+    assert leftovers(case.parent) == []  # nothing half-written
     return caught.value
 
 
 def texts(run: Staged, split: str = "train") -> list[str]:
     store, tokenizer = TokenStore(run.run.data / split), load_tokenizer(run.base.folder)
     return [tokenizer.decode(store[n].ids, skip_special_tokens=False) for n in range(len(store))]
+
+
+def learned(run: Staged, store: TokenStore, example: int) -> list[str]:
+    tokenizer = load_tokenizer(run.base.folder)
+    return [tokenizer.decode(store[example].ids[store[example].supervised], skip_special_tokens=False)]
 
 
 def turn(question: str, answer: str) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def test_the_store_holds_what_the_template_writes(case: Path, model: Path) -> No
 def test_a_validation_ratio_takes_examples_out_of_training(case: Path) -> None:
     run = staged(case, ["data.validation.ratio=0.25", "train.seed=5"])
     card = run.data()
-    taken = held_out(16, 0.25, 5)
+    taken = set(np.flatnonzero(held_out(np.arange(16), 0.25, 5)).tolist())
     assert (card.train.examples, card.validation.examples) == (12, 4)
     where = {split: TokenStore(run.run.data / split) for split in ("train", "validation")}
     lines = {split: {int(s.origin(n).rpartition(":")[2]) - 1 for n in range(len(s))} for split, s in where.items()}
@@ -144,7 +150,7 @@ def test_every_bad_record_is_named_by_file_and_line(case: Path) -> None:
 def test_no_more_than_twenty_are_listed(case: Path) -> None:
     write_jsonl(case.parent / "train.jsonl", [{"prompt": "who"}] * 50)
     problems = refusal(case).message.splitlines()
-    assert len(problems) == 21 and problems[-1] == "(stopped looking after 20)"
+    assert len(problems) == 21 and problems[-1].startswith("(30 more records in ") and "quarantine.jsonl" in problems[-1]
     assert problems[19].startswith(f"{case.parent / 'train.jsonl'}:20: ")
 
 
@@ -191,7 +197,7 @@ def test_too_long_is_an_error_by_default(long_case: Path) -> None:
 def test_too_long_may_be_dropped(long_case: Path) -> None:
     card = staged(long_case, ["data.too_long=drop"]).data()
     assert (card.train.examples, card.train.dropped_too_long) == (3, 2)
-    assert "train: 2 records longer than 128 tokens dropped" in card.notes
+    assert "train: 2 examples longer than 128 tokens dropped" in card.notes
 
 
 def test_dropping_everything_is_refused(long_case: Path) -> None:
@@ -215,7 +221,10 @@ def test_only_raw_text_is_chunked(long_case: Path) -> None:
     run = staged(long_case, ["data.too_long=chunk"])
     card = run.data()
     store = TokenStore(run.run.data / "train")
-    assert "".join(texts(run)) == LONG + "<|im_end|>"
+    pieces = [text for example in range(len(store)) for text in learned(run, store, example)]
+    assert "".join(pieces) == LONG + "<|im_end|>"  # every token is learned once
+    first, second = store[0], store[1]
+    assert second.ids[:16].tolist() == first.ids[-16:].tolist() and not second.supervised[:16].any()
     assert store.lengths[:-1].tolist() == [128] * (len(store) - 1) and 2 <= store.lengths[-1] <= 128
     assert {store.origin(n) for n in range(len(store))} == {f"{long_case.parent / 'train.jsonl'}:1"}
     assert card.notes == ["train: 1 record longer than 128 tokens cut into pieces"]
@@ -275,7 +284,7 @@ def test_a_changed_tokenizer_makes_it_anew(tmp_path: Path, model: Path) -> None:
 def test_data_prepared_before_stay_when_preparing_anew_fails(case: Path) -> None:
     run = staged(case)
     card = run.data()
-    write_lines(case.parent / "train.jsonl", ["{"])
+    (case.parent / "validation.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError):
         staged(case).data()
     assert leftovers(run.run.root) == []

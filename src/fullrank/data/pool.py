@@ -1,0 +1,118 @@
+"""Work in parallel processes, in order, with a bounded amount of it under way.
+
+The processes are lean: they import what a task is made of and nothing else, never torch (a process that prepares text takes about
+70 MB with tokenizers and templates, and several hundred with torch). They are started as a module of this package, so that no
+script of a user's is imported a second time, and end with the process that started them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Protocol
+
+from fullrank.errors import FullrankError
+
+#: What a process that only handles text is spared: torch, threads of its own, words from libraries.
+_LEAN = {"USE_TORCH": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+class Task(Protocol):
+    """Something to do many times; it is sent to each process once."""
+
+    def run(self, *arguments: Any) -> Any:
+        """Does it with these arguments."""
+        ...
+
+
+class Pool:
+    """`with Pool(2) as pool: for result in pool.each(task, jobs): ...`
+
+    Args:
+        processes: how many; with 0 everything is done in this process.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._threads = ThreadPoolExecutor(max(1, processes), thread_name_prefix="pool")
+        self._local = threading.local()
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for worker in self._workers:  # a worker that is stopped wakes the thread that waits for it
+            worker.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def each(self, task: Task, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """The results of a task for jobs, in their order; jobs are taken as there is room for them."""
+        if not self.processes:
+            for job in jobs:
+                yield task.run(*job)
+            return
+        under_way: deque[Future[Any]] = deque()
+        for job in jobs:
+            under_way.append(self._threads.submit(self._do, task, job))
+            # One more than there are processes: the next piece of work is ready when one has done its own.
+            if len(under_way) > self.processes + 1:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+    def _do(self, task: Task, job: tuple[Any, ...]) -> Any:
+        worker: _Worker | None = getattr(self._local, "worker", None)
+        if worker is None:
+            worker = self._local.worker = _Worker()
+            self._workers.append(worker)
+        return worker.do(task, job)
+
+
+class _Worker:
+    """A process that does one thing at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fullrank.data.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **_LEAN},
+            start_new_session=True,  # Ctrl-C at the terminal is the parent's to handle
+        )
+        self._known: set[int] = set()
+
+    def do(self, task: Task, job: tuple[Any, ...]) -> Any:
+        """The task's result.
+
+        Raises:
+            FullrankError: what the task raised, or that the process ended.
+        """
+        key = id(task)
+        message = (key, None if key in self._known else task, job)
+        self._known.add(key)
+        assert self._process.stdin and self._process.stdout
+        try:
+            pickle.dump(message, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+            is_error, result = pickle.load(self._process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            code = self._process.wait()
+            raise FullrankError(
+                f"a process that prepares data ended ({'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)})",
+                hint="signal 9 is what an exhausted memory looks like: try machine.workers=1; what was prepared is kept",
+            ) from None
+        if is_error:
+            raise result
+        return result
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()

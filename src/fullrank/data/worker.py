@@ -1,0 +1,40 @@
+"""A process that does tasks for `fullrank.data.pool`: reads them from standard input, writes results to standard output.
+
+Both ends are this package's own, on one machine, through pipes that nobody else has: that is why pickle may be used.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+from typing import Any
+
+from fullrank.errors import FullrankError
+
+
+def main() -> None:
+    """Works until standard input ends."""
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # a library that prints must not spoil the results
+    tasks: dict[int, Any] = {}
+    while True:
+        try:
+            key, task, job = pickle.load(source)
+        except EOFError:
+            return
+        if task is not None:
+            tasks[key] = task
+        try:
+            answer = (False, tasks[key].run(*job))
+        except FullrankError as error:
+            answer = (True, error)
+        except Exception as error:
+            words = f"a process that prepares data failed: {type(error).__name__}: {error}"
+            answer = (True, FullrankError(words, hint=traceback.format_exc()))
+        pickle.dump(answer, sink, protocol=pickle.HIGHEST_PROTOCOL)
+        sink.flush()
+
+
+if __name__ == "__main__":
+    main()
