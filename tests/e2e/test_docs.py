@@ -38,7 +38,9 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, smollm2: None) -> Path:
     """A folder with a small data file, as somebody who follows the README has one."""
     folder = tmp_path_factory.mktemp("newcomer")
     rows = [{"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}."} for n in range(12)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name in ("train.jsonl", "data.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "export.json").write_text("[]", encoding="utf-8")  # Label Studio's export of a project nobody worked on
     return folder
 
 
@@ -78,20 +80,29 @@ def test_the_readme_tree_is_there() -> None:
     assert not [name for name in re.findall(r"^ {4}([a-z]+/)", tree, re.MULTILINE) if not (ROOT / name).exists()]
 
 
+def row(recipe: str, n: int) -> dict[str, object]:
+    """A record of the form that a recipe is written for, no two alike."""
+    if recipe == "gsm8k":
+        said = [f"What is {n} plus {n * n}?", f"It is {n + n * n}.\n#### {n + n * n}"]
+        return {"messages": [{"role": who, "content": words} for who, words in zip(("user", "assistant"), said, strict=True)]}
+    if recipe == "domain-text":
+        return {"text": f"A sentence of the domain, number {n}. " * 60}
+    return {"prompt": f"Card {n * 37 % 1000} of mine is gone since {n} o'clock", "completion": "lost_card"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_planned(path: Path, tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
     """Each recipe is planned, over a small data file of its form and with a tiny model in the place of its own."""
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    row = {
-        "gsm8k": {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2.\n#### 2"}]},
-        "domain-text": {"text": "A sentence of the domain. " * 60},
-    }.get(path.stem, {"prompt": "I lost my card", "completion": "lost_card"})
-    data = tmp_path / "data.jsonl"
-    data.write_text((json.dumps(row) + "\n") * 40, encoding="utf-8")
+    train, test = tmp_path / "data.jsonl", tmp_path / "test.jsonl"
+    for file, numbers in ((train, range(40)), (test, range(40, 60))):
+        file.write_text("".join(json.dumps(row(path.stem, n)) + "\n" for n in numbers), encoding="utf-8")
+    items = written["data"]["train"] if isinstance(written["data"]["train"], list) else [{}]
+    sources = [{**item, "path": str(train)} for item in items]
     overrides = [
         f"model.source={tiny_model_folder('llama')}",
-        f"data.train={data}",
-        *([f"data.test={data}"] if "test" in written["data"] else []),
+        f"data.train={json.dumps(sources)}",
+        *([f"data.test={test}"] if "test" in written["data"] else []),
     ]
     command = [sys.executable, "-m", "fullrank", "plan", str(path), *overrides, "--json", "--runs-dir", str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from fullrank.cli import look, start, talk, work
+from fullrank.cli import data, look, start, talk, work
 from fullrank.errors import FullrankError, Stopped
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 start.register(app)
+data.register(app)
 work.register(app)
 talk.register(app)
 look.register(app)

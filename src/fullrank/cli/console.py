@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from types import TracebackType
 from typing import Any
 
@@ -73,6 +74,10 @@ class Console:
                 self._line(f"  validation loss {facts['loss']:.4f} ({who}{best})")
             case "plan":
                 self._line(plan_text(facts["plan"]))
+            case "preparing":
+                self._preparing(facts)
+            case "audited":
+                self._audited(facts["findings"])
             case "step":
                 self._step(facts["row"], facts["steps"])
             case "validating":
@@ -113,6 +118,23 @@ class Console:
         elif row.step in (1, steps) or time.monotonic() - self._last_line >= _QUIET_SECONDS:
             self._last_line = time.monotonic()
             self._line(f"  step {row.step}/{steps}  {facts}")
+
+    def _preparing(self, facts: dict[str, Any]) -> None:
+        left = f"  {format_seconds(facts['seconds_left'])} left" if facts["seconds_left"] is not None else ""
+        rate = f"  {format_bytes(facts['bytes_per_second'])}/s" if facts["bytes_per_second"] else ""
+        read = f"{format_bytes(facts['done'])} of {format_bytes(facts['total'])}{rate}{left}"
+        if self._live:
+            self._show_task("preparing data", facts["done"], facts["total"] or None, read)
+        elif time.monotonic() - self._last_line >= _QUIET_SECONDS:
+            self._last_line = time.monotonic()
+            self._line(f"  {read}")
+
+    def _audited(self, findings: dict[str, int]) -> None:
+        by_severity = Counter[str]()
+        for name, count in findings.items():
+            by_severity[name.split()[0]] += count
+        told = [plural(by_severity[severity], severity) for severity in ("error", "warning", "note") if by_severity[severity]]
+        self._line(f"  audit: {', '.join(told) or 'nothing found'} (fullrank data shows them)")
 
     def _answered(self, facts: dict[str, Any]) -> None:
         done, total = facts.get("done", 0), facts.get("total")

@@ -20,6 +20,8 @@ from fullrank import loading
 from fullrank.errors import UsageError
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, EvaluationCard, Plan, Prediction, Score, StepRow, TestScores, TrainCard
+from fullrank.report import data_page
+from fullrank.report.data_page import DataPage
 from fullrank.run import Run, need_record, read_json_lines, read_record
 from fullrank.units import plural
 
@@ -118,6 +120,8 @@ class Report:
     environment: dict[str, str]
     plan: Plan | None
     data: DataCard | None
+    data_page: DataPage | None
+    """What the data page prints; None where there is no data card."""
     train: TrainCard
     steps: tuple[StepRow, ...]
     """One row a step, ascending."""
@@ -149,6 +153,7 @@ def gather(run: Run) -> Report:
     """
     train = need_record(run.train / "card.json", TrainCard, "train")
     recipe = loading.load(run.recipe_path, need_files=False).recipe
+    prepared = data_page.read(run, recipe.data.audit.accept)
     evaluation = read_record(run.evaluate / "card.json", EvaluationCard)
     samples = []
     for test in _tests_in_order(evaluation):
@@ -162,7 +167,8 @@ def gather(run: Run) -> Report:
         recipe_text=run.recipe_path.read_text(encoding="utf-8"),
         environment=_environment(run.environment_path),
         plan=read_record(run.plan_path, Plan),
-        data=read_record(run.data / "card.json", DataCard),
+        data=prepared.card if prepared else None,
+        data_page=prepared,
         train=train,
         steps=_steps(run.train / "steps.jsonl"),
         evaluation=evaluation,

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from fullrank.records import Score
 from fullrank.report.card import usage
+from fullrank.report.data_page import visible
 from fullrank.report.figures import Figure
 from fullrank.report.gather import (
     LOWER_IS_BETTER,
@@ -100,6 +101,8 @@ def render(report: Report, figures: Sequence[Figure], charts_note: str = "") -> 
         figures: charts to inline; none is fine.
         charts_note: why there are no charts and how to get them; printed in their place.
     """
+    pages = report.data_page
+    folder = pages.folder if pages else ""
     environment = Environment(
         loader=PackageLoader("fullrank.report"),
         autoescape=True,
@@ -109,7 +112,7 @@ def render(report: Report, figures: Sequence[Figure], charts_note: str = "") -> 
     )
     environment.filters.update(
         bytes=format_bytes, seconds=format_seconds, count=format_count, metric=metric_name, score=score_text,
-        clip=clip, control=mark_control_tokens,
+        clip=clip, control=mark_control_tokens, visible=visible, short=lambda path: visible(path.removeprefix(folder)),
     )  # fmt: skip
     page = environment.get_template("report.html.jinja").render(
         report=report,
@@ -117,6 +120,7 @@ def render(report: Report, figures: Sequence[Figure], charts_note: str = "") -> 
         train=report.train,
         plan=report.plan,
         data=report.data,
+        audited=pages if pages and pages.audit else None,
         big_numbers=big_numbers(report),
         tables=score_tables(report),
         figures=[(figure, Markup(figure.svg)) for figure in figures if figure.name != "scores"],

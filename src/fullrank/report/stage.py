@@ -1,4 +1,4 @@
-"""The report stage: gathers a run's records and writes the page, its figures and the model card.
+"""The report stage: gathers a run's records and writes the pages, the figures and the model card.
 
 `report/` is replaced as a whole, so it never holds figures of an older state. Without the `report` extra the page is
 written all the same, with tables only and a line that says how to get the charts.
@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from fullrank.errors import UsageError
-from fullrank.report import card, html
+from fullrank.report import card, data_page, html
 from fullrank.report.figures import Figure, draw
 from fullrank.report.gather import Report, gather
 from fullrank.run import Run, new_folder, refresh_manifest, write_text
 
 
 def stage(run: Run) -> Path:
-    """Writes `report/index.html`, `report/figures/*.png` and, where there is an export, its `README.md` and manifest.
+    """Writes `report/` (`index.html`, `data.html`, `figures/*.png`) and, where there is an export, its `README.md` and manifest.
 
     Returns:
         the page.
@@ -30,6 +30,8 @@ def stage(run: Run) -> Path:
     figures, charts_note = _figures(report)
     with new_folder(run.report) as folder:
         write_text(folder / "index.html", html.render(report, figures, charts_note))
+        if report.data_page:
+            write_text(folder / "data.html", data_page.render(report.data_page, report.root.name))
         (folder / "figures").mkdir()
         for figure in figures:
             (folder / "figures" / f"{figure.name}.png").write_bytes(figure.png)

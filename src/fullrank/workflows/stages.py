@@ -46,7 +46,7 @@ def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: L
         base = resolve(recipe.model, lambda words: run.tell("note", stage="model", words=words))
         for name in STAGES[: STAGES.index(last) + 1]:
             _run_stage(name, recipe, run, base)
-            if name == "data":
+            if name == "data" and last != "data":
                 evaluate_stage.rehearse(recipe, run)
     return run
 

@@ -152,10 +152,15 @@ def data_card() -> DataCard:
             formats={"messages": examples},
             dropped_too_long=0,
             truncated=0,
+            masked={},
+            read=examples,
+            used=examples,
+            quarantined=0,
+            sources=[],
         )
 
     tests = {
-        name: TestCard(files=[f"/home/someone/case/{name}.jsonl"], examples=count, longest_prompt_tokens=121)
+        name: TestCard(files=[f"/home/someone/case/{name}.jsonl"], read=count, quarantined=0, examples=count, longest_prompt_tokens=121)
         for name, count in (("seen", 80), ("unseen_wordings", 60))
     }
     return DataCard(

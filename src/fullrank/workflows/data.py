@@ -1,0 +1,138 @@
+"""The data of a recipe by themselves: prepared and audited, looked at, handed to labelling and taken back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fullrank.data import labelstudio, sources
+from fullrank.data.labelstudio import Applied
+from fullrank.data.samples import Samples
+from fullrank.data.splits import all_sources
+from fullrank.errors import DataRefused, UsageError
+from fullrank.loading import LoadedRecipe
+from fullrank.models.load import load_tokenizer
+from fullrank.models.source import resolve
+from fullrank.recipe import Recipe, Source
+from fullrank.records import Audit, DataCard, Finding, Place, ShownExample, SplitCard, TestCard
+from fullrank.run import Listener, Run, need_record, write_text
+from fullrank.workflows.stages import opened, run_until
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What came of preparing the data of a recipe."""
+
+    run: Run
+    card: DataCard
+    audit: Audit
+    refusal: DataRefused | None
+    """Why a run on these data is refused; None where it is not."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `fullrank data --json` prints."""
+        splits: list[SplitCard | TestCard] = [self.card.train, self.card.validation, *self.card.tests.values()]
+        read, quarantined = sum(split.read for split in splits), sum(split.quarantined for split in splits)
+        return {
+            "run": str(self.run.root),
+            "read": read,
+            "used": read - quarantined,
+            "quarantined": quarantined,
+            "findings": [finding.model_dump() for finding in self.audit.findings],
+            "left_out": self.audit.left_out,
+            "sampled": self.audit.sampled,
+            "refused": self.refusal.message if self.refusal else None,
+        }
+
+
+def prepare(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None) -> Prepared:
+    """Prepares and audits; what a run would be refused for is returned, not raised."""
+    refusal: DataRefused | None = None
+    try:
+        run = run_until("data", loaded, runs_dir, listener)
+    except DataRefused as error:
+        refusal = error
+        run = Run(loaded.run_root or runs_dir / loaded.recipe.name)
+    card = need_record(run.data / "card.json", DataCard, "data")
+    return Prepared(run, card, need_record(run.data / "audit.json", Audit, "data"), refusal)
+
+
+# ---- looking --------------------------------------------------------------------------------------------------------
+
+
+def show(
+    loaded: LoadedRecipe,
+    runs_dir: Path,
+    listener: Listener | None,
+    *,
+    split: str,
+    examples: Sequence[int],
+    record: str | None,
+    count: int,
+) -> list[ShownExample]:
+    """Examples as the model sees them: those asked for, those made from a record (`file:line` or a line), or telling ones.
+
+    Raises:
+        UsageError: there is no such split, example or record.
+    """
+    prepared = prepare(loaded, runs_dir, listener)
+    if split not in ("train", "validation"):
+        raise UsageError(f"there is no split {split!r} to show; allowed: train, validation")
+    with opened(loaded, runs_dir) as (recipe, run):
+        samples = _samples(recipe, run, split)
+        if record is not None:
+            path, _, line = record.rpartition(":")
+            if not line.isdigit():
+                raise UsageError(f"--record {record!r}: a record is named by its line, or by file:line")
+            chosen = samples.at(path, int(line)) if path else samples.on_line(int(line))
+            if not chosen:
+                raise UsageError(f"--record {record!r}: no example of {split} was made from it", hint="see data/quarantine.jsonl")
+        else:
+            chosen = list(examples) or samples.telling(prepared.audit)[:count]
+        return samples.shown(chosen)
+
+
+def _samples(recipe: Recipe, run: Run, split: str) -> Samples:
+    base = resolve(recipe.model)
+    tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
+    return Samples(run.data, split, recipe.data, tokenizer, recipe.model.source)
+
+
+# ---- labelling ------------------------------------------------------------------------------------------------------
+
+
+def flag(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None, *, kinds: Sequence[str], out: Path) -> int:
+    """Writes the records that findings name as Label Studio tasks, and the labelling configuration beside them.
+
+    Returns:
+        how many tasks there are.
+    """
+    prepared = prepare(loaded, runs_dir, listener)
+    known = {finding.kind for finding in prepared.audit.findings}
+    unknown = sorted(set(kinds) - known)
+    if unknown:
+        raise UsageError(f"no finding is of kind {unknown[0]!r}; found: {', '.join(sorted(known)) or 'none'}")
+    findings = [finding for finding in prepared.audit.findings if not kinds or finding.kind in kinds]
+    with opened(loaded, runs_dir) as (recipe, _):
+        tasks = labelstudio.to_tasks(_flagged(recipe, labelstudio.by_record(findings)))
+    write_text(out, json.dumps(tasks, ensure_ascii=False, indent=1) + "\n")
+    write_text(out.with_suffix(".xml"), labelstudio.LABELING_CONFIG)
+    return len(tasks)
+
+
+def _flagged(recipe: Recipe, findings: dict[Place, list[Finding]]) -> Iterator[tuple[Place, dict[str, Any], list[Finding]]]:
+    by_place = {(place.path, place.line): (place, found) for place, found in findings.items()}
+    for source in all_sources(recipe.data):
+        for item in sources.read(source):
+            place_and_findings = by_place.pop((item.origin.path, item.origin.line), None)
+            if place_and_findings and isinstance(item, sources.RawRecord):
+                yield place_and_findings[0], item.fields, place_and_findings[1]
+
+
+def relabel(source: Path, exported: Path, out: Path) -> Applied:
+    """Writes a new file from one that was labelled: decisions carried out, everything else as it was."""
+    rows = labelstudio.rows_of(Source(path=str(source)))
+    return labelstudio.apply(rows, labelstudio.from_tasks(exported), out)
