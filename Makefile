@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS = gguf,rouge,report
+EXTRAS = gguf,rouge,report,data
 SETTINGS = pyproject.toml constraints.txt
 
 .PHONY: quickstart test test-all test-lowest check format bench-quickstart clean
