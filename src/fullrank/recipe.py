@@ -102,8 +102,12 @@ AuditKind = Literal[
     "label_conflict",
     "label_spelling",
     "label_balance",
+    "label_rare",
+    "label_unseen",
     "length",
-    "placeholder_answer",
+    "prompt_length",
+    "refusal_answer",
+    "truncated",
     "language",
     "mojibake",
     "hidden_unicode",
@@ -125,6 +129,13 @@ class DataAudit(Section):
     """Kinds not to look for; the audit says that they were left out."""
     mask: list[Literal["secret", "personal_data"]] = Field(default_factory=list)
     """Replace what is found by a placeholder such as [EMAIL] in what is trained on; the files stay as they are."""
+
+    @model_validator(mode="after")
+    def _looked_for_to_be_masked(self) -> DataAudit:
+        both = [kind for kind in self.mask if kind in self.skip]
+        if both:
+            raise ValueError(f"{both[0]!r} is in `mask` and in `skip`: what is not looked for cannot be masked")
+        return self
 
 
 class ValidationSplit(Section):
@@ -185,10 +196,10 @@ class Data(Section):
     @field_validator("test")
     @classmethod
     def _names_are_file_names(cls, test: dict[str, list[Source]]) -> dict[str, list[Source]]:
-        wrong = [name for name in test if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "validation"]
+        wrong = [name for name in test if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in ("train", "validation")]
         if wrong:
             raise ValueError(
-                f"{wrong[0]!r} cannot be the name of a test set: letters, digits, - and _ may, and `validation` is taken"
+                f"{wrong[0]!r} cannot be the name of a test set: letters, digits, - and _ may; `train` and `validation` are taken"
             )
         return test
 

@@ -157,11 +157,13 @@ class Quarantined(Record):
     path: str
     line: int
     offset: int | None
-    """Byte where the record begins in its file (in the decompressed stream of a compressed file); None where it has no such place."""
+    """Byte where the record begins in its file (decompressed, where it is compressed); None where there is no such place."""
     split: str
     reason: str
     asked_for: bool
     """Left out because the recipe says so (`too_long: drop`): it does not count against the budget."""
+    loses_more: bool = False
+    """It stands for an unknown number of records (the rest of a file that broke here): no budget covers it."""
 
 
 class Finding(Record):
@@ -256,7 +258,7 @@ class TermsCard(Record):
     measure: str
     """How terms were chosen, in one sentence."""
     records: int
-    """Training records seen."""
+    """Training records there are."""
     sampled: str
     """Which part of them was counted, in words; empty for all."""
     characters: int
@@ -297,6 +299,8 @@ class DataCard(StageRecord):
     """Whose chat template rendered the examples."""
     training_fingerprint: str
     """SHA-256 over what training and validation examples depend on; test sets may change without it."""
+    places: str = ""
+    """SHA-256 over the names of the files: where they have moved, records are found in their new place."""
     stop_ids: list[int]
     """Tokens that end an answer, as the training examples end theirs."""
     train: SplitCard

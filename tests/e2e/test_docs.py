@@ -111,11 +111,12 @@ def test_every_recipe_is_planned(path: Path, tmp_path: Path, tiny_model_folder: 
     assert plan["fits"] and plan["steps"] >= 1
 
 
-def test_readme_quotes_the_results() -> None:
-    """The figures in README are those of benchmarks/results, not retyped."""
+def test_the_pages_quote_the_results() -> None:
+    """The figures in README and docs are those of benchmarks/results, not retyped."""
     spec = importlib.util.spec_from_file_location("quote", ROOT / "benchmarks" / "quote.py")
     assert spec and spec.loader
     quote = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(quote)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert quote.with_figures(readme) == readme, "run: python benchmarks/quote.py"
+    for path in quote.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert "<!-- figures: " in page and quote.with_figures(page) == page, f"{path.name}: run python benchmarks/quote.py"

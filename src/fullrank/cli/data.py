@@ -74,6 +74,7 @@ def register(app: typer.Typer) -> None:
         with stoppable():
             from fullrank.cli import data_text
             from fullrank.cli.console import Console
+            from fullrank.report import data_page
             from fullrank.workflows.data import show as go
 
             with Console(quiet_results=as_json) as console:
@@ -82,10 +83,11 @@ def register(app: typer.Typer) -> None:
             print(json.dumps({"examples": [shown.model_dump() for shown in examples]}))
             return
         out = _out()
+        folder = data_page.common_folder([shown.origin.rpartition(":")[0] for shown in examples])
         for number, shown in enumerate(examples):
             if number:
                 out.print()
-            out.print(data_text.example_text(shown, ids=ids, most=None if whole else data_text.MOST_TOKENS))
+            out.print(data_text.example_text(shown, ids=ids, folder=folder, most=None if whole else data_text.MOST_TOKENS))
 
     @data.command()
     def flagged(

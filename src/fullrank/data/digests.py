@@ -10,6 +10,7 @@ again; so it is here: a digest counts only if the file had been left alone for `
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class DigestMemory:
         return found
 
     def save(self) -> None:
-        """Writes the memory in one rename, if there is anything new in it; files that are gone are forgotten.
+        """Writes the memory at once, if there is anything new in it; files that are gone are forgotten.
 
         Raises:
             FitError, UsageError: as `fullrank.run.write_text`.
@@ -77,5 +78,8 @@ class DigestMemory:
         if not self._is_changed:
             return
         files = {name: [*state, sha256] for name, (state, sha256) in sorted(self._known.items()) if Path(name).exists()}
-        write_text(self._path, json.dumps({"form": _FORM, "files": files}, indent=1) + "\n")
+        # Runs side by side share the memory: each writes under a name of its own, and the last one's word counts.
+        own = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        write_text(own, json.dumps({"form": _FORM, "files": files}, indent=1) + "\n")
+        own.replace(self._path)
         self._is_changed = False

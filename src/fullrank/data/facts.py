@@ -73,7 +73,7 @@ class Facts:
     ) -> None:
         self.name = name
         self.is_test = is_test
-        self._prepared = prepared
+        self.prepared = prepared
         self._observer = observer
         self._masked = masked
         total = sum(len(source) for source in prepared)
@@ -102,14 +102,14 @@ class Facts:
 
     def of(self, prepared: Sequence[PreparedSource]) -> bool:
         """Whether these are the sources."""
-        return self._prepared is prepared
+        return self.prepared is prepared
 
     def has(self, name: str) -> bool:
         """Whether the fact was kept."""
         return all(name in shard for _, shard in self._shards())
 
     def _shards(self) -> Iterator[tuple[ShardPlace, Shard]]:
-        for source in self._prepared:
+        for source in self.prepared:
             yield from source.opened()
 
     def _gathered(self, parts: list[np.ndarray]) -> np.ndarray:
@@ -123,7 +123,7 @@ class Facts:
         number = int(self._chosen[record])
         source = int(np.searchsorted(self._source_starts, number, side="right")) - 1
         within = number - int(self._source_starts[source])
-        prepared = self._prepared[source]
+        prepared = self.prepared[source]
         shard = int(np.searchsorted(prepared.starts, within, side="right")) - 1
         return prepared, shard, within - int(prepared.starts[shard])
 
@@ -155,14 +155,16 @@ class Facts:
             place, path = prepared.shards[number]
             shard = _opened(path)
             byte, line = int(shard["byte"][within]), place.first + int(shard["line"][within])
-            if place.byte is not None and byte >= 0 and sources.is_seekable(place.path):
-                yield sources.read_at(place.path, place.byte + byte, line)
+            offset = None if place.byte is None or byte < 0 else place.byte + byte
+            if offset is not None and sources.is_seekable(place.path):
+                yield sources.read_at(place.path, offset, line)
                 continue
+            where = place.path, line, offset  # one line of an array may hold several records
             key = id(prepared)
             for again in (False, True):
                 if key not in passes or again:
                     passes[key] = (item for item in sources.read(prepared.source) if isinstance(item, RawRecord))
-                found = next((r for r in passes[key] if (r.origin.path, r.origin.line) == (place.path, line)), None)
+                found = next((r for r in passes[key] if (r.origin.path, r.origin.line, r.origin.offset) == where), None)
                 if found is not None:
                     yield found
                     break

@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -406,7 +407,7 @@ def apply(rows: Iterable[Row], decisions: Iterable[Decision], out: Path) -> Appl
         raise UsageError(f"{out}: exists already", hint="give another name, or remove it first")
     waiting: dict[tuple[str, int], dict[str, Decision]] = {}
     for decision in decisions:
-        waiting.setdefault((decision.path, decision.line), {})[decision.digest] = decision
+        waiting.setdefault((_same(decision.path), decision.line), {})[decision.digest] = decision
     problems: list[str] = []
     counts = dict.fromkeys(("untouched", "kept", "dropped", "fixed"), 0)
     partial = out.with_name(f".{out.name}.partial")
@@ -417,7 +418,7 @@ def apply(rows: Iterable[Row], decisions: Iterable[Decision], out: Path) -> Appl
                 ended = True
                 for row in rows:
                     try:
-                        what, raw = _carried_out(row, waiting.get((row.path, row.line)))
+                        what, raw = _carried_out(row, waiting.get((_same(row.path), row.line)))
                     except DataError as error:
                         problems.append(error.message)
                         if len(problems) == MOST_PROBLEMS:
@@ -444,6 +445,12 @@ def apply(rows: Iterable[Row], decisions: Iterable[Decision], out: Path) -> Appl
         finally:
             partial.unlink(missing_ok=True)
     return Applied(**counts)
+
+
+@lru_cache(maxsize=64)
+def _same(path: str) -> str:
+    """One name for a file however it is called: recipes name files by whole paths, people by short ones."""
+    return os.path.realpath(path)
 
 
 def _fields(raw: bytes) -> dict[str, Any] | None:

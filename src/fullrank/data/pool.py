@@ -49,9 +49,16 @@ class Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for worker in self._workers:  # a worker that is stopped wakes the thread that waits for it
+        self._threads.shutdown(wait=False, cancel_futures=True)  # first: what waits would start processes anew
+        self.rest()  # a worker that is stopped wakes the thread that waits for it
+        self._threads.shutdown(wait=True)
+        self.rest()  # those that were just being started
+
+    def rest(self) -> None:
+        """Ends the processes, which give their memory back; new ones are started when there is work again."""
+        for worker in self._workers:
             worker.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._workers.clear()
 
     def each(self, task: Task, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """The results of a task for jobs, in their order; jobs are taken as there is room for them."""
@@ -70,7 +77,7 @@ class Pool:
 
     def _do(self, task: Task, job: tuple[Any, ...]) -> Any:
         worker: _Worker | None = getattr(self._local, "worker", None)
-        if worker is None:
+        if worker is None or worker.stopped:
             worker = self._local.worker = _Worker()
             self._workers.append(worker)
         return worker.do(task, job)
@@ -87,7 +94,9 @@ class _Worker:
             env={**os.environ, **_LEAN},
             start_new_session=True,  # Ctrl-C at the terminal is the parent's to handle
         )
-        self._known: set[int] = set()
+        self._known: dict[int, Task] = {}
+        """Tasks it has, held here so that no later one gets the number of one that is gone."""
+        self.stopped = False
 
     def do(self, task: Task, job: tuple[Any, ...]) -> Any:
         """The task's result.
@@ -97,7 +106,7 @@ class _Worker:
         """
         key = id(task)
         message = (key, None if key in self._known else task, job)
-        self._known.add(key)
+        self._known[key] = task
         assert self._process.stdin and self._process.stdout
         try:
             pickle.dump(message, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
@@ -114,5 +123,7 @@ class _Worker:
         return result
 
     def stop(self) -> None:
+        """Ends the process, whatever it is at."""
+        self.stopped = True
         self._process.kill()
         self._process.wait()

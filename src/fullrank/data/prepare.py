@@ -27,11 +27,11 @@ from fullrank.data.subject import Subject, subject_of
 from fullrank.errors import DataError
 from fullrank.records import TestItem
 from fullrank.run import fingerprint
-from fullrank.sequences.chat import ChatFormat, ChatRenderer, LossOn, Rendering, Tokens, as_conversation
+from fullrank.sequences.chat import ChatFormat, ChatRenderer, LossOn, Rendering, Tokens, as_conversation, special_texts
 from fullrank.sequences.store import write_shard
 
 #: Raised whenever the same records would give another shard, so that shards written before are not taken for current.
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 
 #: Records encoded together: enough to spread the cost of a call, little enough to hold.
 _BATCH = 256
@@ -66,8 +66,8 @@ class _Notes:
     """What a shard says about its records besides arrays; see `Shard.notes`."""
 
     read: int = 0
-    rejects: list[tuple[int, int, str, bool]] = field(default_factory=list)
-    """(line, byte, reason, asked for by the recipe) of every record that was not used."""
+    rejects: list[tuple[int, int, str, bool, bool]] = field(default_factory=list)
+    """(line, byte, reason, asked for by the recipe, stands for more) of every record that was not used."""
     truncated: int = 0
     dropped: int = 0
     chunked: int = 0
@@ -112,11 +112,12 @@ class Prepare:
 
     @cached_property
     def _observer(self) -> Observer:
-        return Observer([token.text for token in self.settings.chat.control_tokens], frozenset(self.settings.skip))
+        return Observer(special_texts(self.settings.chat), frozenset(self.settings.skip))
 
     def run(self, block: Block, path: Path) -> None:
         """Writes the block's shard under its final name, complete or not at all."""
         notes = _Notes()
+        self._renderer.forget_stop_ids()  # what ended answers in blocks before is not this one's
         used: list[_Pending] = []
         tokens: list[Tokens] = []
         owners: list[int] = []
@@ -151,7 +152,7 @@ class Prepare:
         for item in sources.records(block):
             notes.read += 1
             if isinstance(item, Reject):
-                self._reject(notes, block, item.origin, item.reason)
+                self._reject(notes, block, item.origin, item.reason, loses_more=item.loses_more)
                 continue
             try:
                 pending.append(self._begin(item, notes))
@@ -175,7 +176,7 @@ class Prepare:
                 partial,
                 tokens,
                 owners,
-                [_within(block, record.origin) for record in used],
+                [sources.within(block, record.origin) for record in used],
                 {**columns, **self._observer.facts(subjects)},
                 vars(notes),
             )
@@ -183,8 +184,10 @@ class Prepare:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _reject(self, notes: _Notes, block: Block, origin: Origin, reason: str, *, asked_for: bool = False) -> None:
-        notes.rejects.append((*_within(block, origin), reason, asked_for))
+    def _reject(
+        self, notes: _Notes, block: Block, origin: Origin, reason: str, *, asked_for: bool = False, loses_more: bool = False
+    ) -> None:
+        notes.rejects.append((*sources.within(block, origin), reason, asked_for, loses_more))
 
     # ---- a record before it is tokens -------------------------------------------------------------------------------
 
@@ -278,12 +281,6 @@ class Prepare:
                 return TestItem(id="", messages=None, prompt=prompt, tools=None, reference=completion)
             case Document():
                 raise DataError("a test record needs a prompt and an answer; raw text belongs into data.validation")
-
-
-def _within(block: Block, origin: Origin) -> tuple[int, int]:
-    """(line, byte) of a record, counted from the block's first."""
-    byte = -1 if origin.offset is None or block.offset is None else origin.offset - block.offset
-    return origin.line - block.first, byte
 
 
 def _without_place(error: DataError, origin: Origin) -> str:

@@ -22,7 +22,7 @@ from fullrank.data.subject import subject_of
 from fullrank.errors import DataError, UsageError
 from fullrank.recipe import Data
 from fullrank.records import Audit, ShownExample
-from fullrank.sequences.chat import ChatRenderer, Tokens, as_conversation
+from fullrank.sequences.chat import ChatRenderer, Tokens, as_conversation, special_texts
 from fullrank.sequences.store import Example, TokenStore
 
 
@@ -44,7 +44,7 @@ class Samples:
         self._tokenizer = self._renderer.backend
         control = self._renderer.format.control_tokens
         self._control_ids = {token.id for token in control}
-        self._observer = Observer([token.text for token in control], frozenset())
+        self._observer = Observer(special_texts(self._renderer.format), frozenset())
 
     # ---- which ------------------------------------------------------------------------------------------------------
 
@@ -64,9 +64,9 @@ class Samples:
     def _cut(self) -> list[int]:
         for number in range(len(self.store.places)):
             shard = self.store.shard(number)
-            records = np.flatnonzero(shard["cut"])
-            if len(records):
-                return self._examples(number, records)
+            found = self._examples(number, np.flatnonzero(shard["cut"]))
+            if found:  # they may all be in another split
+                return found
         return []
 
     def at(self, path: str, line: int) -> list[int]:
@@ -85,7 +85,9 @@ class Samples:
     def _examples(self, shard: int, records: np.ndarray) -> list[int]:
         within = np.flatnonzero(np.isin(self.store.shard(shard)["record"], records))
         chosen = (self.store.examples[:, 0] == shard) & np.isin(self.store.examples[:, 1], within)
-        return [int(number) for number in np.flatnonzero(chosen)]
+        numbers = np.flatnonzero(chosen)
+        _, first = np.unique(self.store.examples[numbers, 1], return_index=True)  # a mix may have an example several times
+        return [int(number) for number in np.sort(numbers[first])]
 
     # ---- how --------------------------------------------------------------------------------------------------------
 
@@ -145,26 +147,27 @@ class Samples:
 
     def _read_again(self, examples: Iterable[int]) -> dict[int, RawRecord]:
         found: dict[int, RawRecord] = {}
-        wanted: dict[tuple[str, int], list[int]] = {}
+        wanted: dict[tuple[str, int, int | None], list[int]] = {}  # one line of an array may hold several records
         for number in examples:
             shard, within = self.store.examples[number]
             place, facts = self.store.places[shard], self.store.shard(int(shard))
             record = facts["record"][within]
             line, byte = place.first + int(facts["line"][record]), int(facts["byte"][record])
-            if place.byte is not None and byte >= 0 and sources.is_seekable(place.path):
-                found[number] = sources.read_at(place.path, place.byte + byte, line)
+            offset = None if place.byte is None or byte < 0 else place.byte + byte
+            if offset is not None and sources.is_seekable(place.path):
+                found[number] = sources.read_at(place.path, offset, line)
             else:
-                wanted.setdefault((place.path, line), []).append(number)
+                wanted.setdefault((place.path, line, offset), []).append(number)
         for source in all_sources(self.data):
-            named = {path for path, _ in wanted}
+            named = {path for path, _, _ in wanted}
             if named & {*sources.files(source), *([hub.name(source)] if source.hub else [])}:
                 for item in sources.read(source):
                     if isinstance(item, RawRecord):
-                        for number in wanted.pop((item.origin.path, item.origin.line), []):
+                        for number in wanted.pop((item.origin.path, item.origin.line, item.origin.offset), []):
                             found[number] = item
                     if not wanted:
                         break
         if wanted:
-            path, line = next(iter(wanted))
+            path, line, _ = next(iter(wanted))
             raise DataError(f"{path}:{line}: the record is no longer there", hint="the file has changed; run the command again")
         return found

@@ -44,6 +44,7 @@ __all__ = [
     "read_at",
     "records",
     "size",
+    "within",
 ]
 
 
@@ -99,6 +100,12 @@ def records(block: Block) -> Iterator[RawRecord | Reject]:
     if block.kind == "rows":
         return rows.decode(block.payload, block.path, block.first, block.offset)
     return parse.json_lines(block.payload, block.path, block.first, block.offset or 0)
+
+
+def within(block: Block, origin: Origin) -> tuple[int, int]:
+    """(line, byte) of a record, counted from its block's first; byte -1 where its file has no such place."""
+    byte = -1 if origin.offset is None or block.offset is None else origin.offset - block.offset
+    return origin.line - block.first, byte
 
 
 def read(source: Source) -> Iterator[RawRecord | Reject]:

@@ -30,9 +30,9 @@ from fullrank.models.source import ResolvedModel
 from fullrank.recipe import Data, Recipe, Source, ValidationSplit
 from fullrank.records import LengthSummary, Quarantined, SourceCard, SplitCard, TestCard
 from fullrank.run import Run
-from fullrank.sequences.chat import ChatFormat
+from fullrank.sequences.chat import ChatFormat, special_texts
 from fullrank.sequences.order import held_out
-from fullrank.sequences.store import ShardPlace, write_index
+from fullrank.sequences.store import ShardPlace, is_whole, write_index
 from fullrank.units import plural
 
 
@@ -100,7 +100,7 @@ class Splits:
     ) -> None:
         self.recipe, self.data, self.run, self.folder = recipe, recipe.data, run, folder
         self.base, self.chat, self.cache, self.pool = base, chat, cache, pool
-        self.observer = Observer([token.text for token in chat.control_tokens], frozenset(self.data.audit.skip))
+        self.observer = Observer(special_texts(chat), frozenset(self.data.audit.skip))
         data = self.data
         self.tests = [_Split(name, items, True) for name, items in data.test.items()]
         self.train = _Split("train", data.train, False)
@@ -132,7 +132,7 @@ class Splits:
                 found.append((ShardPlace(path.name, block.path, block.first, block.offset, _unit(block)), path))
                 nonlocal before
                 count, before = block.source_bytes - before, block.source_bytes
-                if path.exists():
+                if is_whole(path):
                     os.utime(path)  # in use: not to be pruned
                     progress.add(count, reused=True)
                 else:
@@ -288,7 +288,7 @@ class Splits:
             for split in self.splits:
                 for source in split.prepared:
                     for place, shard in source.opened():
-                        for line, byte, reason, asked_for in sorted(shard.notes["rejects"]):
+                        for line, byte, reason, asked_for, loses_more in sorted(shard.notes["rejects"]):
                             offset = None if place.byte is None or byte < 0 else place.byte + byte
                             entry = Quarantined(
                                 path=place.path,
@@ -297,6 +297,7 @@ class Splits:
                                 split=split.name,
                                 reason=reason,
                                 asked_for=asked_for,
+                                loses_more=loses_more,
                             )
                             file.write(entry.model_dump_json() + "\n")
 

@@ -27,7 +27,7 @@ from fullrank.data.samples import Samples
 from fullrank.data.sources import DigestMemory
 from fullrank.data.splits import Splits, all_sources, settings_for, source_name, training_sources
 from fullrank.data.terms import audit_terms
-from fullrank.errors import DataRefused, UsageError
+from fullrank.errors import DataError, DataRefused, UsageError
 from fullrank.loading import matching_files
 from fullrank.meter import Meter
 from fullrank.models.load import load_tokenizer
@@ -56,6 +56,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
         DataRefused: naming file and line of records that cannot be used, or what the audit found; `data/` is written.
         UsageError: a source needs an extra that is not installed.
     """
+    recipe = _pinned(recipe)
     card = read_record(run.data / "card.json", DataCard)
     begun = read_json_lines(run.train / "inputs.json")
     if card and begun and _missing_files(recipe.data) and _test_files(recipe.data) == {n: t.files for n, t in card.tests.items()}:
@@ -66,9 +67,10 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
     memory = DigestMemory.load(cache.digests)
     for_training = _training_fingerprint(recipe, base, tokenizer, memory)
     tests = {name: _digests(items, memory) for name, items in recipe.data.test.items()}
-    current = fingerprint(for_training, tests, _audit_settings(recipe.data))
+    current = fingerprint(for_training, tests, _audit_settings(recipe.data, base))
     memory.save()
-    if card and card.fingerprint == current:
+    places = fingerprint([sources.files(source) for source in all_sources(recipe.data)])
+    if card and card.fingerprint == current and card.places == places:
         run.tell("reused", stage="data", what=f"{plural(card.train.examples, 'training example')}, tokens as prepared before")
         refuse(card, recipe.data, run)
         return card
@@ -78,11 +80,13 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
             hint=f"give this recipe another `name`, or delete {run.root} to start anew",
         )
     run.tell("started", stage="data")
+    seen = _digests(all_sources(recipe.data), memory)
     with Meter() as meter, new_folder(run.data) as folder:
         chat = ChatFormat.of(tokenizer, recipe.data.template_date, recipe.model.source)
         with Pool(_processes(recipe)) as pool:
             splits = Splits(recipe, base, chat, cache, pool, run, folder)
             splits.prepare()
+            pool.rest()
             written = splits.write()
             audit = conclude(
                 splits.facts,
@@ -99,6 +103,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
             peak_bytes=meter.peak_bytes,
             chat_template="recipe" if recipe.data.chat_template else "model" if chat.template else "none",
             training_fingerprint=for_training,
+            places=places,
             stop_ids=splits.stop_ids(),
             train=written["train"],
             validation=written["validation"],
@@ -108,6 +113,17 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
         write_record(folder / "audit.json", audit)
         _write_samples(folder, recipe, tokenizer, audit)
         _write_terms(folder, recipe, tokenizer, splits.facts[0])
+        changed = [
+            source_name(source)
+            for source, before, now in zip(
+                all_sources(recipe.data), seen, _digests(all_sources(recipe.data), memory), strict=True
+            )
+            if before != now
+        ]
+        if changed:  # the fingerprint would say of the new content that it is the old
+            raise DataError(
+                f"{', '.join(changed)}: changed while being prepared", hint="run the command again when nothing writes there"
+            )
         write_record(folder / "card.json", card)
     cache.prune()
     for note in card.notes:
@@ -133,7 +149,7 @@ def _write_terms(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBas
     step = max(1, len(train) // _MOST_READ_FOR_TERMS)
     subjects = train.subjects(range(0, len(train), step))
     glossary = Path(recipe.data.glossary) if recipe.data.glossary else None
-    write_record(folder / "terms.json", audit_terms(subjects, backend.backend_tokenizer, glossary))
+    write_record(folder / "terms.json", audit_terms(subjects, backend.backend_tokenizer, glossary, records=len(train)))
 
 
 # ---- what a run is refused for --------------------------------------------------------------------------------------
@@ -146,18 +162,18 @@ def refuse(card: DataCard, data: Data, run: Run) -> None:
         DataRefused: rejected records beyond the budget, an empty split, or errors of the audit that the recipe does not accept.
     """
     rejected = [line for line in _lines(run.data / "quarantine.jsonl", Quarantined) if not line.asked_for]
-    if len(rejected) > data.quarantine_budget:
+    if len(rejected) > data.quarantine_budget or any(line.loses_more for line in rejected):
         named = "\n".join(f"{_place(line)}: {line.reason}" for line in rejected[:_MOST_NAMED])
         more = len(rejected) - _MOST_NAMED
         rest = f"\n({plural(more, 'more record')} in {run.data / 'quarantine.jsonl'})" if more > 0 else ""
         budget = f"\ndata.quarantine_budget is {data.quarantine_budget}" if data.quarantine_budget else ""
         too_long = all(re.search(r"^\d+ tokens, |after token", line.reason) for line in rejected)
-        raise DataRefused(
-            named + rest + budget,
-            hint="raise data.max_length (up to the model's context), or say data.too_long: drop"
-            if too_long
-            else "mend or remove these records, or allow as many as there are with data.quarantine_budget",
-        )
+        hint = "mend or remove these records, or allow as many as there are with data.quarantine_budget"
+        if too_long:
+            hint = "raise data.max_length (up to the model's context), or say data.too_long: drop"
+        elif any(line.loses_more for line in rejected):
+            hint = "mend the file: nobody knows how many records were not read, so no budget covers them"
+        raise DataRefused(named + rest + budget, hint=hint)
     for name, split in (("train", card.train), ("validation", card.validation)):
         if not split.examples:
             if name == "validation" and isinstance(data.validation, ValidationSplit):
@@ -169,7 +185,7 @@ def refuse(card: DataCard, data: Data, run: Run) -> None:
     audit = read_record(run.data / "audit.json", Audit)
     errors = [f for f in (audit.findings if audit else []) if f.severity == "error" and f.kind not in data.audit.accept]
     if errors:
-        kinds = list(dict.fromkeys(finding.kind for finding in errors))
+        kinds = list(dict.fromkeys([*data.audit.accept, *(finding.kind for finding in errors)]))  # to type as it stands
         lines = [f"{finding.kind}: {finding.what}: {_places(finding.records)}" for finding in errors[:_MOST_NAMED]]
         more = len(errors) - _MOST_NAMED
         rest = f"\n({plural(more, 'more finding')} in {run.data / 'audit.json'})" if more > 0 else ""
@@ -198,6 +214,16 @@ def _lines(path: Path, kind: type[Quarantined]) -> Iterator[Quarantined]:
 # ---- what the stage depends on --------------------------------------------------------------------------------------
 
 
+def _pinned(recipe: Recipe) -> Recipe:
+    """The recipe with every streamed dataset held at the commit it is at now, so that all reading sees the same one."""
+    data = recipe.data
+    update: dict[str, Any] = {"train": [sources.pinned(source) for source in data.train]}
+    if not isinstance(data.validation, ValidationSplit):
+        update["validation"] = [sources.pinned(source) for source in data.validation]
+    update["test"] = {name: [sources.pinned(source) for source in items] for name, items in data.test.items()}
+    return recipe.model_copy(update={"data": data.model_copy(update=update)})
+
+
 def _missing_files(data: Data) -> list[str]:
     """Files that the recipe names and that are not there."""
     everything = [*training_sources(data), *(source for items in data.test.values() for source in items)]
@@ -223,9 +249,9 @@ def _training_fingerprint(recipe: Recipe, base: ResolvedModel, tokenizer: PreTra
     )
 
 
-def _audit_settings(data: Data) -> list[Any]:
+def _audit_settings(data: Data, base: ResolvedModel) -> list[Any]:
     glossary = file_digest(Path(data.glossary)) if data.glossary else None
-    return [sorted(data.audit.skip), version(), glossary]
+    return [sorted(data.audit.skip), version(), glossary, base.facts.parameters]
 
 
 def _digests(items: list[Source], memory: DigestMemory) -> list[str]:

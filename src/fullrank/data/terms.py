@@ -73,8 +73,8 @@ _FUNCTION_WORDS = """
     with within without would yes yet you your yours
 """
 
-#: Normalised pointwise mutual information from which words belong together; 0 is chance, 1 never one without the other. Set by eye
-#: on medical abstracts and bank customers' questions: odds ratio and virtual card lie above, high risk and other card below.
+#: Normalised pointwise mutual information from which words belong together; 0 is chance, 1 never one without the other. Set by
+#: eye on medical abstracts and bank customers' questions: odds ratio and virtual card lie above, high risk and debit card below.
 _TOGETHER = 0.35
 
 #: Characters of the longest term.
@@ -94,14 +94,21 @@ _MINED = (
 
 
 def audit_terms(
-    subjects: Iterable[Subject], tokenizer: Tokenizer, glossary: Path | None, *, most: int = 50, characters: int = SAMPLE
+    subjects: Iterable[Subject],
+    tokenizer: Tokenizer,
+    glossary: Path | None,
+    *,
+    records: int | None = None,
+    most: int = 50,
+    characters: int = SAMPLE,
 ) -> TermsCard:
     """How `tokenizer` splits the terms of a glossary, or of the data where there is none.
 
     Args:
-        subjects: the training records, in order; read once, forward.
+        subjects: the training records, in order, or an even part of them; read once, forward.
         tokenizer: of the `tokenizers` library (`backend_tokenizer` of a fast transformers tokenizer); not changed.
         glossary: text with one term a line, or .csv, .tsv, .jsonl or .ndjson with a column `term`.
+        records: how many training records there are, where `subjects` are a part of them.
         most: terms listed on the card.
         characters: size of the sample.
 
@@ -117,7 +124,7 @@ def audit_terms(
     rarity = dict.fromkeys(given) if given is not None else _mined(sample, words, splitter)
     index = _Index.of(list(rarity), abbreviations=given is not None)
     matches = index.count(sample)
-    return _card(sample, words, splitter, index, matches, rarity, glossary, most)
+    return _card(sample, words, splitter, index, matches, rarity, glossary, most, records or sample.seen)
 
 
 # ---- glossary -------------------------------------------------------------------------------------------------------
@@ -232,9 +239,9 @@ class _Sample:
     def texts(self) -> Iterator[str]:
         return (text for record in self.records for _, text in record)
 
-    def described(self) -> str:
-        """In words, which part this is; empty for all."""
-        parts = [f"one record in {self.step:,} ({len(self.records):,} of {self.seen:,})"] if self.step > 1 else []
+    def described(self, records: int) -> str:
+        """In words, which part of so many records this is; empty for all."""
+        parts = [f"{len(self.records):,} of {plural(records, 'record')}, spread evenly"] if len(self.records) < records else []
         parts += [f"{plural(self.cut, 'long text')} up to {self.limit // 4:,} characters"] if self.cut else []
         return "; ".join(parts)
 
@@ -576,6 +583,7 @@ def _card(
     rarity: Mapping[str, float | None],
     glossary: Path | None,
     most: int,
+    records: int,
 ) -> TermsCard:
     answers = [text for record in sample.records for is_answer, text in record if is_answer]
     answer_tokens = splitter.count(answers)
@@ -598,8 +606,8 @@ def _card(
     return TermsCard(
         glossary=str(glossary) if glossary is not None else None,
         measure="terms of the glossary, case aside" if glossary is not None else _MINED,
-        records=sample.seen,
-        sampled=sample.described(),
+        records=records,
+        sampled=sample.described(records),
         characters=sample.characters,
         tokens=tokens,
         bytes_per_token=_bytes(sample.texts()) / max(1, tokens),

@@ -5,6 +5,7 @@ Both ends are this package's own, on one machine, through pipes that nobody else
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import traceback
@@ -21,7 +22,7 @@ def main() -> None:
     while True:
         try:
             key, task, job = pickle.load(source)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the end, or the process that wrote here was killed as it wrote
             return
         if task is not None:
             tasks[key] = task
@@ -32,8 +33,11 @@ def main() -> None:
         except Exception as error:
             words = f"a process that prepares data failed: {type(error).__name__}: {error}"
             answer = (True, FullrankError(words, hint=traceback.format_exc()))
-        pickle.dump(answer, sink, protocol=pickle.HIGHEST_PROTOCOL)
-        sink.flush()
+        try:
+            pickle.dump(answer, sink, protocol=pickle.HIGHEST_PROTOCOL)
+            sink.flush()
+        except BrokenPipeError:  # nobody is left to tell; the usual way out would try once more to write
+            os._exit(1)
 
 
 if __name__ == "__main__":

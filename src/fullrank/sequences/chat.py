@@ -121,6 +121,11 @@ class ChatFormat:
         )
 
 
+def special_texts(chat_format: ChatFormat) -> list[str]:
+    """The special tokens as text: what no content means."""
+    return [token.text for token in chat_format.control_tokens if token.special]
+
+
 class ChatRenderer:
     """Renders conversations with one tokenizer.
 
@@ -265,9 +270,13 @@ class ChatRenderer:
         return self.format.eos_id
 
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the end-of-sequence token, and what ended the answers of the conversations rendered so far."""
+        """Ids that end an answer: the end-of-sequence token, and what ended the answers rendered since `forget_stop_ids`."""
         stops = {self.format.eos_id, *self._turn_ends}
         return sorted(stop for stop in stops if stop is not None)
+
+    def forget_stop_ids(self) -> None:
+        """Begins anew to collect what ends answers."""
+        self._turn_ends.clear()
 
     def tokens(self, renderings: Iterable[Rendering]) -> list[Tokens]:
         """Tokens of renderings; those of many records are encoded together in a fraction of the time."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fullrank.sequences.chat import Tokens
@@ -96,6 +97,15 @@ def write_shard(
         **{name: np.ascontiguousarray(fact) for name, fact in (facts or {}).items()},
     }
     save_file(arrays, path, metadata={"notes": json.dumps(notes, ensure_ascii=False)})
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there from its first byte to its last: a machine that loses power may leave less under a final name."""
+    try:
+        with safe_open(path, framework="numpy"):  # compares the header with the file's size
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 class Shard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from fullrank.data import labelstudio, sources
 from fullrank.data.labelstudio import Applied
 from fullrank.data.samples import Samples
 from fullrank.data.splits import all_sources
-from fullrank.errors import DataRefused, UsageError
+from fullrank.errors import DataError, DataRefused, UsageError
 from fullrank.loading import LoadedRecipe
 from fullrank.models.load import load_tokenizer
 from fullrank.models.source import resolve
@@ -78,9 +79,9 @@ def show(
     Raises:
         UsageError: there is no such split, example or record.
     """
-    prepared = prepare(loaded, runs_dir, listener)
     if split not in ("train", "validation"):
         raise UsageError(f"there is no split {split!r} to show; allowed: train, validation")
+    prepared = prepare(loaded, runs_dir, listener)
     with opened(loaded, runs_dir) as (recipe, run):
         samples = _samples(recipe, run, split)
         if record is not None:
@@ -124,15 +125,31 @@ def flag(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None, *, kin
 
 
 def _flagged(recipe: Recipe, findings: dict[Place, list[Finding]]) -> Iterator[tuple[Place, dict[str, Any], list[Finding]]]:
-    by_place = {(place.path, place.line): (place, found) for place, found in findings.items()}
+    # One file may serve two splits, and one line of an array hold several records: all that was said of the line goes with each.
+    by_place: dict[tuple[str, int], tuple[Place, list[Finding]]] = {}
+    for place, found in findings.items():
+        by_place.setdefault((place.path, place.line), (place, []))[1].extend(found)
+    done: set[tuple[str, int, int | None]] = set()
     for source in all_sources(recipe.data):
         for item in sources.read(source):
-            place_and_findings = by_place.pop((item.origin.path, item.origin.line), None)
-            if place_and_findings and isinstance(item, sources.RawRecord):
-                yield place_and_findings[0], item.fields, place_and_findings[1]
+            where = (item.origin.path, item.origin.line, item.origin.offset)
+            said = by_place.get(where[:2])
+            if said and where not in done and isinstance(item, sources.RawRecord):
+                done.add(where)
+                yield said[0], item.fields, said[1]
 
 
 def relabel(source: Path, exported: Path, out: Path) -> Applied:
-    """Writes a new file from one that was labelled: decisions carried out, everything else as it was."""
-    rows = labelstudio.rows_of(Source(path=str(source)))
-    return labelstudio.apply(rows, labelstudio.from_tasks(exported), out)
+    """Writes a new file from one that was labelled: decisions about it carried out, everything else as it was.
+
+    Raises:
+        DataError: no decision is about the file.
+    """
+    named = Source(path=str(source))
+    files = {os.path.realpath(name) for name in sources.files(named)}
+    decisions = list(labelstudio.from_tasks(exported))
+    mine = [decision for decision in decisions if os.path.realpath(decision.path) in files]
+    if decisions and not mine:
+        others = ", ".join(dict.fromkeys(decision.path for decision in decisions))
+        raise DataError(f"{exported}: no decision is about {source}", hint=f"the tasks were made from {others}")
+    return labelstudio.apply(labelstudio.rows_of(named), mine, out)

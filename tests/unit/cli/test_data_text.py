@@ -272,9 +272,7 @@ def card(notes: list[str] | None = None, masked: dict[str, int] | None = None, n
         training_fingerprint="2",
         stop_ids=[2],
         train=split(both, lengths, dropped_too_long=7, truncated=1, masked=masked or {"secret": 3}),
-        validation=split(
-            both[:1], LengthSummary(shortest=0, median=0, p95=0, longest=0), examples=0, tokens=0, supervised_ratio=0.0
-        ),
+        validation=split(both[:1], none, examples=0, tokens=0, supervised_ratio=0.0),
         tests={"seen": TestCard(files=["t.jsonl"], read=80, quarantined=2, examples=78, longest_prompt_tokens=5)},
         notes=notes or ["a note"],
     )

@@ -369,6 +369,12 @@ def test_a_correction_without_a_place_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_file_is_the_same_by_a_shorter_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert apply(rows(Path("a.jsonl")), [decided(source, 6, "drop")], Path("out.jsonl")).dropped == 1
+
+
 def test_no_file_is_overwritten(tmp_path: Path) -> None:
     source = written(tmp_path / "a.jsonl")
     with pytest.raises(UsageError, match="exists already"):

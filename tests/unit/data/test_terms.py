@@ -335,22 +335,24 @@ def test_the_sample_is_spread_evenly_and_bounded() -> None:
     assert most <= 1_010 and sample.seen == 1_000
     numbers = [int(text) for text in sample.texts()]
     assert numbers == list(range(0, 1_000, sample.step)) and sample.step == 16
-    assert sample.described() == "one record in 16 (63 of 1,000)"
+    assert sample.described(1_000) == "63 of 1,000 records, spread evenly"
+    assert sample.described(9_000) == "63 of 9,000 records, spread evenly"
 
 
 def test_a_long_text_is_cut() -> None:
     sample = terms._Sample(1_000)
     sample.take(subject_of(Document("x" * 5_000)))
-    assert sample.characters == 250 and sample.described() == "1 long text up to 250 characters"
+    assert sample.characters == 250 and sample.described(1) == "1 long text up to 250 characters"
 
 
 def test_a_sample_tells_what_all_would() -> None:
     data = filled({"xylophone": 2_000, "zither": 500}, records=400, words=250)
     whole, part = audit_terms(data, general(), None), audit_terms(data, general(), None, characters=200_000)
-    assert part.sampled.startswith("one record in") and part.records == whole.records == 400
+    assert part.sampled == "100 of 400 records, spread evenly" and part.records == whole.records == 400
     assert {term.text for term in part.terms} >= {"xylophone", "zither"}
     assert of(part, "xylophone").saved_per_1000 == pytest.approx(of(whole, "xylophone").saved_per_1000, rel=0.1)
     assert part == audit_terms(data, general(), None, characters=200_000)
+    assert part == audit_terms(data[::4], general(), None, records=400)
 
 
 # ---- real data ------------------------------------------------------------------------------------------------------

@@ -160,7 +160,9 @@ def data_card() -> DataCard:
         )
 
     tests = {
-        name: TestCard(files=[f"/home/someone/case/{name}.jsonl"], read=count, quarantined=0, examples=count, longest_prompt_tokens=121)
+        name: TestCard(
+            files=[f"/home/someone/case/{name}.jsonl"], read=count, quarantined=0, examples=count, longest_prompt_tokens=121
+        )
         for name, count in (("seen", 80), ("unseen_wordings", 60))
     }
     return DataCard(

@@ -372,6 +372,7 @@ def test_the_splits_and_the_mix_of_their_sources(run: Run) -> None:
     [
         (["/a/b/c.jsonl", "/a/b/d/e.jsonl"], "/a/b/"),
         (["/a/b/c.jsonl", "/a/bc/e.jsonl"], "/a/"),
+        (["/a/b/c/1.jsonl", "/a/b/2.jsonl", "/a/b/c/3.jsonl"], "/a/b/"),
         (["/a/b/c.jsonl"], "/a/b/"),
         (["/a/b/c.jsonl", "/x/e.jsonl"], ""),
         (["/c.jsonl"], ""),

@@ -301,7 +301,9 @@ def test_a_template_that_ends_no_turn_is_refused() -> None:
 
 def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
     strict = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"the chat template of tiny/model, turn 1 \(user\): it refuses the conversation: roles must alternate"):
+    with pytest.raises(
+        DataError, match=r"the chat template of tiny/model, turn 1 \(user\): it refuses the conversation: roles must alternate"
+    ):
         one(renderer(strict), [turn("user", "a"), turn("assistant", "one")])
 
 

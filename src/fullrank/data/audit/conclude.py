@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fullrank.data.audit import amount, duplicates, labels, languages, lengths, observe, sightings
+from fullrank.data.audit import amount, contamination, duplicates, labels, languages, lengths, observe, passages, sightings
 from fullrank.data.audit.finding import Finding, Place, Sighting
 from fullrank.data.audit.labels import ShortAnswers
 from fullrank.data.facts import Facts
@@ -44,8 +44,12 @@ def conclude(
         related = duplicates.conclude(filled, skip=skip, scratch=scratch)
         findings += [_of_a_share(finding) if held_out else finding for finding in related.findings]
         sampled |= related.sampled
-        # CONTAMINATION
-    answers = {split.name: labels.gather(_answers(split)) for split in filled}
+        if "contamination" not in skip and tests and len(train):
+            grams = contamination.grams(subject for test in tests for subject in test.subjects(range(len(test))))
+            hits = passages.find(train, grams, pool)
+            findings += contamination.conclude(train, tests, grams, hits, related.leaks)
+            sampled |= {"contamination": grams.note} if grams.note else {}
+    answers = {split.name: labels.gather(_answers(split), split.column("label")) for split in filled}
     if len(train):
         findings += labels.conclude(filled, answers)
     known = labels.label_set(answers["train"]) if "train" in answers else None
@@ -55,6 +59,7 @@ def conclude(
             findings += lengths.conclude_cut(split)
     if "language" not in skip and filled:
         findings += languages.conclude(filled)
+        sampled |= languages.sampled()
     findings += sightings.conclude_sightings(_sightings(filled), sum(len(split) for split in filled))
     findings += amount.conclude(
         len(train),

@@ -1,28 +1,30 @@
 """What records have to do with one another: duplicates, near duplicates, leaks between splits, contradictory answers.
 
 **exact_duplicate**: records of one split that are equal in normal form (`fullrank.data.audit.similarity`): case, spacing and
-punctuation aside. **near_duplicate**: records of one split that are nearly the same, as that file defines it. **leak**: what stands in
-training and also in validation or a test set, or in validation and a test set: the same record, nearly the same, or the same prompt.
-**label_conflict**: one prompt, in whatever splits, with answers that are not nearly the same.
+punctuation aside. **near_duplicate**: records of one split that are nearly the same, as that file defines it. **leak**: what
+stands in training and also in validation or a test set, or in validation and a test set: the same record, nearly the same, or the
+same prompt. **label_conflict**: one prompt, in whatever splits, with answers that are not nearly the same.
 
-Groups are connected components: every member equals, or nearly equals, at least one other. Near duplicates are told of one record of
-each set of equal ones. A prompt with more than `COMMON_PROMPT` different answers is an instruction rather than a question: that two
-splits have it in common is no leak. Prompts must be equal (in normal form) to conflict: of the pairs in BANKING77 whose prompts are only
-nearly the same and whose labels differ, nearly all differ in the word that decides (`activate`, `reactivate my card`).
+Groups are connected components: every member equals, or nearly equals, at least one other. Near duplicates are told of one record
+of each set of equal ones. A prompt with more than `COMMON_PROMPT` different answers is an instruction rather than a question:
+that two splits have it in common is no leak. Prompts must be equal (in normal form) to conflict: of the pairs in BANKING77 whose
+prompts are only nearly the same and whose labels differ, nearly all differ in the word that decides (`activate`, `reactivate my
+card`).
 
-How near duplicates are found: candidates are pairs whose MinHash signatures agree in one of `BANDS` bands of `ROWS` values (Broder
-1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3), over shingles of `SHINGLE` characters; a pair of Jaccard
-similarity s agrees somewhere with probability 1 - (1 - s^ROWS)^BANDS: 0.87 at 0.5, 0.99 at 0.6. Every candidate is then read and
-compared with its partner. System prompts take no part in the signature: a long one in common makes no two records alike.
+How near duplicates are found: candidates are pairs whose MinHash signatures agree in one of `BANDS` bands of `ROWS` values
+(Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3), over shingles of `SHINGLE` characters; a pair
+of Jaccard similarity s agrees somewhere with probability 1 - (1 - s^ROWS)^BANDS: 0.87 at 0.5, 0.99 at 0.6. Every candidate is
+then read and compared with its partner. System prompts take no part in the signature: a long one in common makes no two records
+alike.
 
-Where candidates are too many, fewer are compared, and `Conclusion.sampled` says so: in a bucket of more than `WINDOW` + 1 records each
-is compared with the `WINDOW` next to it when sorted by the bands that follow (the sorted neighbourhood of Hernandez and Stolfo 1995);
-where single bands give far more than `MOST_COMPARISONS` pairs, two successive bands must agree; of what is left, pairs of different
-splits and then those that agree in most bands are compared.
+Where candidates are too many, fewer are compared, and `Conclusion.sampled` says so: in a bucket of more than `WINDOW` + 1 records
+each is compared with the `WINDOW` next to it when sorted by the bands that follow (the sorted neighbourhood of Hernandez and
+Stolfo 1995); where single bands give far more than `MOST_COMPARISONS` pairs, two successive bands must agree; of what is left,
+pairs of different splits and then those that agree in most bands are compared.
 
 Promises: groups do not depend on the order of shards or records unless something was sampled; memory stays within a few columns
-whatever is found; nothing is called a near duplicate that was not compared in full. Hashes have 64 bits: that among 8 million records
-any two different ones are taken for equal has probability 2e-6.
+whatever is found; nothing is called a near duplicate that was not compared in full. Hashes have 64 bits: that among 8 million
+records any two different ones are taken for equal has probability 2e-6.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +47,8 @@ from fullrank.data.audit.similarity import LABEL_WORDS, Face, nearly_same, norma
 from fullrank.data.subject import Subject
 from fullrank.records import Severity
 
-#: Characters of a shingle. Of 3, 4 and 5, with the bands below, 4 finds 99.3 % of the near duplicates of BANKING77 with 17 candidates a
-#: record, 3 finds 99.9 % with 37, 5 finds 97.7 % with 12.
+#: Characters of a shingle. Of 3, 4 and 5, with the bands below, 4 finds 99.3 % of the near duplicates of BANKING77 with 17
+#: candidates a record, 3 finds 99.9 % with 37, 5 finds 97.7 % with 12.
 SHINGLE = 4
 
 #: The signature: `BANDS` bands of `ROWS` hash values.
@@ -76,12 +78,14 @@ MOST_LISTED = 100_000
 Hashes = NDArray[np.uint64]
 Indices = NDArray[np.int64]
 
-_KINDS = ("exact_duplicate", "near_duplicate", "leak", "label_conflict")
+_KINDS = frozenset(("exact_duplicate", "near_duplicate", "leak", "label_conflict"))
 _SEED = 42
 # Characters hashed at once: arrays of 2 MB stay near the processor, and a book is signed in pieces.
 _PIECE = 2**18
 # Odd multipliers of splitmix64 (Steele, Lea, Flood 2014) and xxHash64, one for each character of a shingle or value of a band.
 _FACTORS = tuple(np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xC2B2AE3D27D4EB4F))
+# Bytes of text held while candidates are compared; their words take up to twenty times as much.
+_MOST_HELD = 4 * 2**20
 # Labels told in the words of a finding.
 _TOLD_ANSWERS = 4
 
@@ -99,13 +103,17 @@ def left_out() -> dict[str, str]:
     return {"near_duplicate": reason, "leak": f"found for equal records and prompts only, not for nearly the same: {reason}"}
 
 
-def sign(subjects: Sequence[Subject]) -> dict[str, NDArray[Any]]:
+def sign(subjects: Sequence[Subject], *, near: bool = True) -> dict[str, NDArray[Any]]:
     """What the relational checks keep of N records.
 
+    Args:
+        near: whether near duplicates are looked for.
+
     Returns:
-        `raw`, `exact`: uint64 (N), hashes of all texts of a record as written, and in normal form; `prompt`: uint64 (N), hash of the
-        prompt in normal form, 0 where there is none; `answer`: uint64 (N), hash of the answer in normal form; `answer_words`: uint16
-        (N), at most 65,535; `bands`: uint32 (BANDS, N), left out where rensa is not installed.
+        `raw`, `exact`: uint64 (N), hashes of all texts of a record as written, and in normal form; `prompt`: uint64 (N), hash of
+        the prompt in normal form, 0 where there is none; `answer`: uint64 (N), hash of the answer in normal form; `answer_words`:
+        uint16 (N), at most 65,535; `bands`: uint32 (BANDS, N), left out where rensa is not installed
+        and where near duplicates are not looked for.
     """
     count = len(subjects)
     columns: dict[str, NDArray[Any]] = {name: np.zeros(count, dtype=np.uint64) for name in ("raw", "exact", "prompt", "answer")}
@@ -122,7 +130,7 @@ def sign(subjects: Sequence[Subject]) -> dict[str, NDArray[Any]]:
         columns["answer_words"][number] = min(len(words(subject.answer)), np.iinfo(np.uint16).max)
         own = (text for part, text in zip(subject.parts, normal, strict=True) if part.role not in ("system", "developer"))
         signed.append(" ".join(own) or " ")
-    if find_spec("rensa") is not None:
+    if near and find_spec("rensa") is not None:
         columns["bands"] = _bands(signed)
     return columns
 
@@ -152,8 +160,9 @@ def _pieces(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
     batch: list[str] = []
     room = _PIECE
     for number, text in enumerate(texts):
-        for start in range(0, len(text), _PIECE):
-            piece = text[start : start + _PIECE + SHINGLE - 1]
+        # A piece ends with the characters that the next begins with, so that every shingle is in one of them.
+        for start in range(0, max(len(text) - SHINGLE + 1, 1), _PIECE):
+            piece = text[start : start + _PIECE + SHINGLE - 1].ljust(SHINGLE, "\0")
             if batch and len(piece) > room:
                 yield owners, batch
                 owners, batch, room = [], [], _PIECE
@@ -165,24 +174,22 @@ def _pieces(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
 
 
 def _signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """MinHash signatures over shingles of characters: uint32 (texts, BANDS * ROWS)."""
+    """MinHash signatures over shingles of characters: uint32 (texts, BANDS * ROWS); every text holds one at least."""
     from rensa import RMinHash
 
-    gap = SHINGLE - 1
-    # Zeros after every text, so that as many shingles start in it as it has characters and none reaches into the next.
-    joined = "".join(text + "\0" * gap for text in texts)
-    characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
-    count = len(characters) - gap
+    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
+    count = len(characters) - SHINGLE + 1
     shingles = np.zeros(count, dtype=np.uint64)
     for place in range(SHINGLE):
         shingles += characters[place : place + count] * _FACTORS[place]
     shingles ^= shingles >> np.uint64(31)
     shingles *= _FACTORS[0]
     shingles ^= shingles >> np.uint64(32)
-    lengths = np.array([len(text) for text in texts], dtype=np.int64)
-    own = np.ones(count + gap, dtype=bool)
-    own[(np.cumsum(lengths + gap)[:, None] - np.arange(1, SHINGLE)).ravel()] = False
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.uint64)
+    # Those that begin with the last characters of a text reach into the next.
+    ends = np.cumsum([len(text) for text in texts])
+    own = np.ones(len(characters), dtype=bool)
+    own[(ends[:, None] - np.arange(1, SHINGLE)).ravel()] = False
+    offsets = np.append(0, ends - (SHINGLE - 1) * np.arange(1, len(texts) + 1)).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles[own[:count]], offsets, BANDS * ROWS, _SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32)
 
@@ -221,9 +228,11 @@ def conclude(splits: Sequence[SplitFacts], *, skip: frozenset[str] = frozenset()
         scratch: folder for the texts of candidates while they are compared; that of temporary files where none is given.
     """
     corpus = _Corpus(splits)
-    wanted = frozenset(("exact_duplicate", "near_duplicate", "leak", "label_conflict")) - skip
+    wanted = _KINDS - skip
     within, across = "near_duplicate" in wanted, "leak" in wanted and len(set(corpus.ranks.tolist())) > 1
     near, leaks = Sets(corpus.total), Sets(corpus.total)
+    if not corpus.total:
+        return Conclusion([], {}, Leaks(corpus.start_of, leaks.roots()))
     prompts = _same_prompts(corpus.column("prompt"), corpus.column("answer"))
     if across:
         leaks.join_groups(corpus.crossing(groups_of(corpus.column("exact"))))
@@ -231,30 +240,32 @@ def conclude(splits: Sequence[SplitFacts], *, skip: frozenset[str] = frozenset()
     conflicts = prompts.select((prompts.answers >= 2) & ("label_conflict" in wanted))
     is_label = corpus.column("answer_words") <= LABEL_WORDS
     sampled: dict[str, str] = {}
+    notes: list[str] = []
     pairs = np.empty((0, 2), dtype=np.int64)
-    if not left_out():
+    comparable = not left_out()
+    if comparable and (within or across):
         pairs, notes = _candidates(corpus, within=within, across=across)
-        if notes:
-            sampled = {kind: "; ".join(notes) for kind in ("near_duplicate", "leak") if kind in wanted}
-    doubtful = _doubtful(conflicts, is_label) if not left_out() else np.empty(0, dtype=np.int64)
+    doubtful = _doubtful(conflicts, is_label) if comparable else np.empty(0, dtype=np.int64)
     affordable = np.cumsum(conflicts.answers[doubtful] * (conflicts.answers[doubtful] - 1) // 2) <= MOST_COMPARISONS // 4
     if not affordable.all():
         doubtful = doubtful[affordable]
-        sampled["label_conflict"] = f"long answers were compared for {len(doubtful):,} prompts; those to other prompts may be alike"
+        sampled["label_conflict"] = f"long answers were compared for {len(doubtful):,} prompts, those to others may be alike"
     read = [pairs.ravel(), conflicts.first_answers(doubtful, COMMON_PROMPT), _told(conflicts, is_label)]
-    with _Texts(corpus, np.unique(np.concatenate(read)), scratch) as texts:
+    with _Texts(corpus, _ascending(np.concatenate(read)), scratch) as texts:
         contradict = np.ones(len(conflicts.answers), dtype=bool)
         for number in doubtful.tolist():
             answers = conflicts.first_answers(np.array([number]), COMMON_PROMPT)
             contradict[number] = not _agree(answers, corpus, texts, near)
-        splits_of = corpus.split_numbers(pairs)
-        for (a, b), crosses in zip(pairs.tolist(), (splits_of[:, 0] != splits_of[:, 1]).tolist(), strict=True):
-            sets = leaks if crosses else near
+        for a, b in _in_turn(pairs):
+            sets = leaks if corpus.splits_differ(a, b) else near
             if not sets.joined(a, b) and texts.same(a, b):
                 sets.join(a, b)
         if texts.unread:
-            said = f"{texts.unread:,} candidates were not compared, since the others' texts take {MOST_BYTES / 2**30:.0f} GiB"
-            sampled |= {kind: "; ".join(filter(None, (sampled.get(kind), said))) for kind in ("near_duplicate", "leak")}
+            notes.append(
+                f"{texts.unread:,} candidates were not compared, since the others' texts take {MOST_BYTES / 2**30:.0f} GiB"
+            )
+        if notes:
+            sampled |= {kind: "; ".join(notes) for kind, asked in (("near_duplicate", within), ("leak", across)) if asked}
         findings = [
             *(_exact_duplicates(corpus) if "exact_duplicate" in wanted else ()),
             *(_near_duplicates(corpus, near) if within else ()),
@@ -272,6 +283,7 @@ class _Corpus:
         self.starts = np.cumsum([0, *(len(split) for split in splits)]).astype(np.int64)
         self.start_of = {split.name: int(start) for split, start in zip(splits, self.starts, strict=False)}
         self.total = int(self.starts[-1])
+        self._bounds: list[int] = self.starts.tolist()
         self.ranks = np.array([2 if split.is_test else int(split.name != "train") for split in splits], dtype=np.int8)
         """0 for training, 1 for validation, 2 for test sets: a record in two ranks is a leak."""
 
@@ -285,8 +297,7 @@ class _Corpus:
         return np.searchsorted(self.starts, records, side="right") - 1
 
     def splits_differ(self, a: int, b: int) -> bool:
-        first, second = self.split_numbers(np.array([a, b]))
-        return bool(first != second)
+        return bisect_right(self._bounds, a) != bisect_right(self._bounds, b)
 
     def crossing(self, groups: Groups) -> Groups:
         """The groups whose members are of more than one rank."""
@@ -296,8 +307,8 @@ class _Corpus:
         return groups.select(np.minimum.reduceat(ranks, groups.bounds[:-1]) != np.maximum.reduceat(ranks, groups.bounds[:-1]))
 
     def place(self, record: int) -> Place:
-        split = int(self.split_numbers(np.array([record]))[0])
-        return self.splits[split].place(record - int(self.starts[split]))
+        split = bisect_right(self._bounds, record) - 1
+        return self.splits[split].place(record - self._bounds[split])
 
     def subjects(self, records: Indices) -> Iterator[Subject]:
         """Records read again; `records` ascends."""
@@ -487,7 +498,7 @@ def _candidates(corpus: _Corpus, *, within: bool, across: bool) -> tuple[Indices
         crowded[crowd] += 1
         keys, counts = _merged(keys, counts, found)
         # While bands are still to come, more is kept than will be compared: agreements add up.
-        most = MOST_COMPARISONS * (4 if number < BANDS - 1 else 1)
+        most = MOST_COMPARISONS * (2 if number < BANDS - 1 else 1)
         if len(keys) > most:
             dropped += len(keys) - most
             kept = _most_agreeing(keys, counts, most, split)
@@ -495,10 +506,10 @@ def _candidates(corpus: _Corpus, *, within: bool, across: bool) -> tuple[Indices
         bands = [*bands[1:], corpus.row((number + 3) % BANDS)[records]]
     notes = []
     if successive:
-        notes.append("only pairs that agree in two successive bands were looked at: those that share three quarters of their shingles")
+        notes.append("pairs had to agree in two successive bands: those that share three quarters of their shingles do")
     # In the other bands such a record had its chance.
     if often := int(np.count_nonzero(crowded > BANDS // 2)):
-        notes.append(f"{often:,} records are like more than {WINDOW} others: each was compared with about {WINDOW} of them in each band")
+        notes.append(f"{often:,} records have more than {WINDOW} like them: each was compared with {WINDOW} of those in a band")
     if dropped:
         notes.append(f"the {MOST_COMPARISONS:,} most promising pairs were compared, {dropped:,} others were not")
     pairs = np.stack([keys >> np.uint64(32), keys & np.uint64(2**32 - 1)], axis=1).astype(np.int64)
@@ -544,7 +555,13 @@ def _row_pairs(
         low, high = np.minimum(a, b)[chosen].astype(np.uint64), np.maximum(a, b)[chosen].astype(np.uint64)
         found.append(low << np.uint64(32) | high)
         room -= len(low)
-    return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64), crowd
+    return (_ascending(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)), crowd
+
+
+def _ascending(values: NDArray[Any]) -> NDArray[Any]:
+    """Different values in ascending order (`np.unique` goes by hash tables, which take several times as long here)."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
 def _merged(keys: Hashes, counts: NDArray[np.uint8], found: Hashes) -> tuple[Hashes, NDArray[np.uint8]]:
@@ -566,24 +583,31 @@ def _most_agreeing(keys: Hashes, counts: NDArray[np.uint8], most: int, split: ND
     return np.sort(np.argpartition(-worth, most)[:most])
 
 
+def _in_turn(pairs: Indices) -> Iterator[tuple[int, int]]:
+    """Pairs as numbers of Python's, which take ten times the room: a part of them at a time."""
+    for start in range(0, len(pairs), 2**16):
+        yield from map(tuple, pairs[start : start + 2**16].tolist())
+
+
 class _Texts:
-    """The texts of candidates: read once from their sources, kept in a temporary file, since they may not fit into memory."""
+    """The texts of candidates: read once from their sources and kept in a temporary file, since they may not fit into memory."""
 
     def __init__(self, corpus: _Corpus, records: Indices, scratch: Path | None) -> None:
-        self._file = tempfile.TemporaryFile(dir=scratch)
+        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (closed on exit)
         self._bounds = np.zeros(2 * len(records) + 1, dtype=np.int64)
-        end = known = 0
+        self._faces: dict[int, Face] = {}
+        self._held = 0
+        known = end = 0
         for subject in corpus.subjects(records):
-            for text in (subject.prompt, subject.answer):
-                end += self._file.write(text.encode("utf-8", "surrogatepass"))
-                self._bounds[2 * known + (text is subject.answer) + 1] = end
-            known += 1
             if end > MOST_BYTES:
                 break
+            for bound, text in enumerate((subject.prompt, subject.answer), 2 * known + 1):
+                end += self._file.write(text.encode("utf-8", "surrogatepass"))
+                self._bounds[bound] = end
+            known += 1
+        self._records = records[:known]
         self.unread = len(records) - known
         """Records whose texts were not read, since the file had reached its size."""
-        self._records = records[:known]
-        self.face = lru_cache(maxsize=4096)(self._face)
 
     def __enter__(self) -> _Texts:
         return self
@@ -591,15 +615,21 @@ class _Texts:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _face(self, record: int) -> Face | None:
+    def face(self, record: int) -> Face | None:
         """A record as it is compared; None for one that was not read."""
+        if (known := self._faces.get(record)) is not None:
+            return known
         number = int(np.searchsorted(self._records, record))
         if number == len(self._records) or self._records[number] != record:
             return None
         begin, middle, end = self._bounds[2 * number : 2 * number + 3].tolist()
         self._file.seek(begin)
-        both = self._file.read(end - begin)
-        return Face(both[: middle - begin].decode("utf-8", "surrogatepass"), both[middle - begin :].decode("utf-8", "surrogatepass"))
+        prompt, answer = (self._file.read(size).decode("utf-8", "surrogatepass") for size in (middle - begin, end - middle))
+        self._held += end - begin
+        if self._held > _MOST_HELD:
+            self._faces, self._held = {}, end - begin
+        self._faces[record] = face = Face(prompt, answer)
+        return face
 
     def same(self, a: int, b: int) -> bool:
         """Whether two records are nearly the same; False where one was not read."""
@@ -610,13 +640,16 @@ class _Texts:
 # ---- findings -------------------------------------------------------------------------------------------------------
 
 
+#: The number of a group and its members, ascending -> what was found, what to do.
+Describe = Callable[[int, Indices], tuple[str, str]]
+
+
 class Batch(NamedTuple):
     """Groups of one severity, and the words for them."""
 
     severity: Severity
     groups: Groups
-    describe: Callable[[int, Indices], tuple[str, str]]
-    """Number of a group and its members -> what was found, what to do."""
+    describe: Describe
 
 
 def tell(kind: str, batches: Iterable[Batch], place: Callable[[int], Place]) -> list[Finding]:
@@ -640,7 +673,9 @@ def tell(kind: str, batches: Iterable[Batch], place: Callable[[int], Place]) -> 
         for number in told[np.argsort(found.first()[told], kind="stable")].tolist():
             members = np.sort(found.group(number))
             what, advice = describe(number, members)
-            places = [place(record) for record in members[:listed].tolist()]
+            # Of too many the last is listed, too: of a leak, what it leaked into.
+            ends = members if len(members) <= listed else np.append(members[: listed - 1], members[-1])
+            places = [place(record) for record in ends.tolist()]
             findings.append(Finding(kind=kind, severity=severity, what=what, records=places, count=len(members), advice=advice))
         if len(others):
             rest = np.zeros(len(found), dtype=bool)
@@ -654,11 +689,11 @@ def tell(kind: str, batches: Iterable[Batch], place: Callable[[int], Place]) -> 
     return findings
 
 
-def _by_split(corpus: _Corpus, groups: Groups, describe: Callable[[int, Indices], tuple[str, str]]) -> list[Batch]:
+def _by_split(corpus: _Corpus, groups: Groups, describe: Describe) -> list[Batch]:
     """Duplicates within splits: a warning where training repeats a notable share of its records, a note elsewhere."""
     owners = corpus.split_numbers(groups.first())
     batches = []
-    for number in np.unique(owners).tolist():
+    for number in sorted(set(owners.tolist())):
         own = groups.select(owners == number)
         superfluous = len(own.members) - len(own)
         notable = corpus.ranks[number] == 0 and superfluous >= NOTABLE_SHARE * len(corpus.splits[number])
@@ -670,7 +705,7 @@ def _exact_duplicates(corpus: _Corpus) -> list[Finding]:
     exact, raw = corpus.column("exact"), corpus.column("raw")
 
     def describe(_: int, members: Indices) -> tuple[str, str]:
-        but = " but for case, spacing or punctuation" if len(np.unique(raw[members])) > 1 else ""
+        but = " but for case, spacing or punctuation" if len(set(raw[members].tolist())) > 1 else ""
         what = f"{len(members):,} records are the same{but}"
         return what, "keep one of them, unless it is meant to be learned more often than others"
 
@@ -694,7 +729,7 @@ def _leaks(corpus: _Corpus, leaks: Sets) -> list[Finding]:
 
     def describe(_: int, members: Indices) -> tuple[str, str]:
         owners = corpus.split_numbers(members)
-        names = [corpus.splits[number].name for number in np.unique(owners).tolist()]
+        names = [corpus.splits[number].name for number in sorted(set(owners.tolist()))]
         ranks = corpus.ranks[owners]
         if _shared(exact[members], ranks):
             common = "the same record"

@@ -48,6 +48,12 @@ COVERED = 0.8
 #: Numbers that come back are labels (stars, classes) up to this many of them, results of a calculation beyond.
 MOST_NUMBERS = 20
 
+#: What stands in the column of hashes for an answer that is too long for a label, and for raw text.
+_LONG, _RAW = 0, 1
+
+#: Records of a mapped column that are looked at at a time.
+_BLOCK = 1_000_000
+
 #: Entries listed in one finding.
 _MOST_RECORDS = 10_000
 
@@ -68,9 +74,13 @@ class ShortAnswers(TypedDict):
 
 
 def facts(subjects: Sequence[Subject]) -> dict[str, np.ndarray]:
-    """`label`, uint64_N: the hash of a short answer as written; 0 for longer ones and for raw text."""
-    hashes = (0 if (text := _short(subject)) is None else label_hash(text) for subject in subjects)
-    return {"label": np.fromiter(hashes, dtype=np.uint64, count=len(subjects))}
+    """`label`, uint64_N: the hash of a short answer as written; 0 for longer ones, 1 for raw text."""
+    return {"label": np.fromiter(map(_label, subjects), dtype=np.uint64, count=len(subjects))}
+
+
+def _label(subject: Subject) -> int:
+    text = _short(subject)
+    return label_hash(text) if text is not None else _LONG if _is_answer(subject) else _RAW
 
 
 def short_answers(subjects: Iterable[Subject]) -> ShortAnswers:
@@ -90,9 +100,9 @@ def short_answers(subjects: Iterable[Subject]) -> ShortAnswers:
 
 
 def label_hash(text: str) -> int:
-    """64 bits of BLAKE2b over the text; never 0, which stands for no label."""
+    """64 bits of BLAKE2b over the text; never one of the two numbers that stand for no label."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1
+    return max(int.from_bytes(digest, "little"), _RAW + 1)
 
 
 def _is_answer(subject: Subject) -> bool:
@@ -109,8 +119,14 @@ def _short(subject: Subject) -> str | None:
 # ---- in the parent --------------------------------------------------------------------------------------------------
 
 
-def gather(shards: Iterable[ShortAnswers]) -> ShortAnswers:
-    """The short answers of a split from those of its shards, with the same end to patience for the sum."""
+def gather(shards: Iterable[ShortAnswers], column: np.ndarray | None = None) -> ShortAnswers:
+    """The short answers of a split from those of its shards, with the same end to patience for the sum.
+
+    Args:
+        shards: of every shard that has records of the split.
+        column: `label` of the split's records, uint64_N: what is counted, since shards also have records of other splits, and
+            records that were dropped. Without it everything in the shards counts.
+    """
     answered = 0
     counts: Counter[str] | None = Counter()
     for shard in shards:
@@ -121,7 +137,24 @@ def gather(shards: Iterable[ShortAnswers]) -> ShortAnswers:
             counts.update(shard["counts"])
             if len(counts) > 10 * MOST_DISTINCT:  # typing errors add up over shards, labels do not
                 counts = None
+    if column is not None:
+        answered, counts = _recounted(column, counts)
     return {"answered": answered, "counts": None if counts is None else dict(counts)}
+
+
+def _recounted(column: np.ndarray, texts: Iterable[str] | None) -> tuple[int, Counter[str] | None]:
+    """(answers, how many are each of the texts) by the hashes of column_N, a million at a time."""
+    text_of = {label_hash(text): text for text in texts or ()}
+    answered = 0
+    counts: Counter[str] = Counter()
+    for start in range(0, len(column), _BLOCK):
+        block = np.asarray(column[start : start + _BLOCK])
+        answered += int(np.count_nonzero(block != _RAW))
+        if text_of:
+            values, numbers = np.unique(block, return_counts=True)
+            found = zip(values.tolist(), numbers.tolist(), strict=True)
+            counts.update({text_of[value]: number for value, number in found if value in text_of})
+    return answered, None if texts is None else counts
 
 
 @dataclass(frozen=True)
@@ -471,9 +504,9 @@ def _spelling(
         for record, value in _where(hashes, wanted):
             if len(places[wanted[value]]) < _MOST_RECORDS:
                 places[wanted[value]].append(split.place(record))
-        without = [int(record) for record in np.flatnonzero(hashes == 0)[:_MOST_RECORDS]]
+        without = [int(record) for record in np.flatnonzero(hashes == _LONG)[:_MOST_RECORDS]]
         for record, subject in zip(without, split.subjects(without), strict=True):
-            found = embedded.find(subject.answer)[0] if _is_answer(subject) else None
+            found = embedded.find(subject.answer)[0]
             if found is not None:
                 long[found] += 1
                 if len(places[found]) < _MOST_RECORDS:
@@ -499,8 +532,8 @@ def is_one_of(hashes: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
     """Which of hashes_N are wanted, bool_N; a million at a time, so that a mapped column is never held whole."""
     ordered = np.array(sorted(wanted), dtype=np.uint64)
     found = np.zeros(len(hashes), dtype=bool)
-    for start in range(0, len(hashes) if len(ordered) else 0, 1_000_000):
-        block = np.asarray(hashes[start : start + 1_000_000])
+    for start in range(0, len(hashes) if len(ordered) else 0, _BLOCK):
+        block = np.asarray(hashes[start : start + _BLOCK])
         slots = np.minimum(np.searchsorted(ordered, block), len(ordered) - 1)
         found[start : start + len(block)] = ordered[slots] == block
     return found

@@ -76,6 +76,11 @@ def left_out() -> dict[str, str]:
     return {"language": "languages were not told: that needs the package 'py3langid' (pip install 'fullrank[data]')"}
 
 
+def sampled() -> dict[str, str]:
+    """Kind -> the part of each record that is looked at."""
+    return {"language": f"the last {LONGEST} characters of each prompt and the first {LONGEST} of each answer"}
+
+
 # ---- codes ----------------------------------------------------------------------------------------------------------
 
 #: Stands for a text whose language is not known.

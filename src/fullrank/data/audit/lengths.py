@@ -7,8 +7,8 @@ is eight times off the median too: the logarithm, because lengths of texts are s
 data of nearly equal lengths a few characters more are no matter. What a twentieth of the records have is no outlier but a second
 sort of record, and is not reported.
 
-In a labelling task a label is as long as it is, so only other answers are judged, and a placeholder that is one of the labels is
-a label. Raw text has no prompt; only its documents' lengths are looked at.
+In a labelling task a label is as long as it is, so only other answers are judged, and a placeholder that is as frequent as labels
+are is a label. Raw text has no prompt; only its documents' lengths are looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fullrank.data.audit.finding import SplitFacts
-from fullrank.data.audit.labels import LabelSet, is_one_of
+from fullrank.data.audit.labels import LabelSet, is_one_of, label_hash
 from fullrank.data.subject import Subject
 from fullrank.records import Finding, Place, Severity
 
@@ -152,7 +152,7 @@ class _Sort:
 
 
 def conclude(split: SplitFacts, labels: LabelSet | None) -> list[Finding]:
-    """`length` and `placeholder_answer` findings of one split, one for each sort of thing.
+    """`length`, `prompt_length` and `refusal_answer` findings of one split, one for each sort of thing.
 
     Args:
         split: columns `answer_chars`, `prompt_chars`, `answer_marks`, and `label` where `labels` is given.
@@ -162,7 +162,7 @@ def conclude(split: SplitFacts, labels: LabelSet | None) -> list[Finding]:
     free = np.ones(len(marks), dtype=bool)
     """Answers that are none of the labels."""
     if labels is not None:
-        free = ~is_one_of(split.column("label"), labels.hashes)
+        free = ~is_one_of(split.column("label"), labels.hashes - _not_meant(labels))
     sorts = [*_marked(marks, free)]
     asked = (marks & DOCUMENT) == 0
     said = marks & (PLACEHOLDER | NOTHING) > 0
@@ -185,11 +185,20 @@ def conclude(split: SplitFacts, labels: LabelSet | None) -> list[Finding]:
     ]
 
 
+def _not_meant(labels: LabelSet) -> frozenset[int]:
+    """Hashes of placeholders that are labels only by their number: far rarer than labels are, and so nobody's answer."""
+    usual = float(np.median(list(labels.counts.values())))
+    rare = [
+        label for label, count in labels.counts.items() if count < usual / 2 and (is_placeholder(label) or says_nothing(label))
+    ]
+    return frozenset(label_hash(text) for label in rare for text in (label, label.lower(), label.upper()))
+
+
 def _marked(marks: np.ndarray, free: np.ndarray) -> list[_Sort]:
     """What was marked in the worker; marks_N, free_N (not one of the labels)."""
     return [
         _Sort(
-            "placeholder_answer",
+            "length",
             "warning",
             np.flatnonzero(free & (marks & PLACEHOLDER > 0)),
             "the answer is a placeholder (N/A, TODO, ..., [deleted] and the like)",
@@ -203,7 +212,7 @@ def _marked(marks: np.ndarray, free: np.ndarray) -> list[_Sort]:
             "write the answers or remove the records",
         ),
         _Sort(
-            "placeholder_answer",
+            "refusal_answer",
             "note",
             np.flatnonzero(marks & REFUSAL > 0),
             "the answer is a refusal, or speaks of itself as an AI model",
@@ -233,19 +242,20 @@ def _extremes(lengths: np.ndarray, counted: np.ndarray, judged: np.ndarray, noun
         return []
     low, median, high = usual
     among = counted & judged
+    kind = "prompt_length" if noun == "prompt" else "length"
     short, long = np.flatnonzero(among & (lengths < low)), np.flatnonzero(among & (lengths > high))
     most = _OUTLIERS * np.count_nonzero(counted)
     against = f"characters, where half of them have {median:,.0f} or more"
     return [
         _Sort(
-            "length",
+            kind,
             "note",
             short if len(short) <= most else short[:0],
             f"an extremely short {noun}: fewer than {np.ceil(low):,.0f} {against}",
             "look at some of them: text may be cut off or missing",
         ),
         _Sort(
-            "length",
+            kind,
             "note",
             long if len(long) <= most else long[:0],
             f"an extremely long {noun}: more than {high:,.0f} {against}",

@@ -15,7 +15,7 @@ from fullrank.data.convert import Conversation, Document, Pair
 from fullrank.data.subject import Subject
 
 #: Raised whenever the checks would find something else in the same record.
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 
 #: Libraries that decide what is found.
 LIBRARIES = ("rensa", "rapidfuzz", "ftfy", "datafog", "py3langid")
@@ -51,8 +51,8 @@ class Observer:
     def facts(self, subjects: Sequence[Subject]) -> dict[str, np.ndarray]:
         """Facts about N records: arrays of (N,) or (K, N)."""
         found = {**lengths.facts(subjects), **labels.facts(subjects)}
-        if not self._skip >= _RELATIONAL:
-            found |= duplicates.sign(subjects)
+        # The hashes are kept whatever is skipped: by them records that ask the same stay on one side of a validation split.
+        found |= duplicates.sign(subjects, near=not self._skip >= _RELATIONAL)
         if "language" not in self._skip:
             found |= languages.facts(subjects)
         return found

@@ -261,7 +261,7 @@ def _assigned(text: str) -> Iterator[Span]:
 
 def _is_password(value: str, spoken: bool, quoted: bool) -> bool:
     """Letters with digits or with signs that prose does not have; digits alone where they are assigned, not talked about."""
-    core = value.rstrip(".,;:!?)")
+    core = value.rstrip(".,;:!?)") if spoken else value
     if len(core) < _SHORTEST_PASSWORD or len(value) > 100 or (" " in core and not quoted) or core.count(" ") > 5:
         return False
     letters = any(map(str.isalpha, core))
@@ -337,7 +337,7 @@ _EXTENSION = r"(?: ?(?:[xX]|[eE]xt\.?) ?\d{1,5})?"
 #: ITU-T E.164: a country code and up to 15 digits in all; `00` is the common international prefix, told only before groups. No
 #: group but the first two has a single digit: behind `+49 30 901820` a lone 5 counts something else.
 _PHONE_INTERNATIONAL = re.compile(
-    r"(?:(?<![\w+])\+\(?[1-9]\d{0,2}\)?|(?<![\w+./-])00[1-9]\d{0,2}(?=[ .-]))"
+    r"(?:(?<![\w+])\+\(?[1-9]\d{0,2}\)?|(?<![\w+./-])(?<!\d[ .-])00[1-9]\d{0,2}(?=[ .-]))"
     rf"(?:{_JOINT}{{0,3}}\d(?!\d)){{0,2}}{_JOINT}{{0,3}}\d{{2,}}(?:{_JOINT}{{1,3}}\d{{2,}})*{_EXTENSION}(?!\w|[.,]\d)"
 )
 #: Written with a plus and one point, or beginning with a year, and yet no phone number (`+1.7035550123` is one: RFC 5733).
@@ -530,7 +530,7 @@ def _is_international(match: re.Match[str]) -> bool:
 
 
 def _is_american(match: re.Match[str]) -> bool:
-    if match["round"] or match[0][0] == "1" or _announced(_ANNOUNCES_PHONE, match):
+    if match["round"] or match.start("area") > match.start() or _announced(_ANNOUNCES_PHONE, match):
         return True
     assigned = match["area"][0] > "1" or match[0] == "123-456-7890"
     return assigned and match["first"] == match["second"] and not match["first"].isspace()

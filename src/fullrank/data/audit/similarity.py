@@ -1,35 +1,40 @@
 """When two records say the same: the form texts are compared in, and how much may differ.
 
-Promises: whether two records are nearly the same depends on those two alone, never on what else is in the data or in which order it
-stands, so any pair can be checked by hand. What it does not do: it compares letters and words, not meaning; another wording of a
-question is another question here.
+Promises: whether two records are nearly the same depends on those two alone, never on what else is in the data or in which order
+it stands, so any pair can be checked by hand. What it does not do: it compares letters and words, not meaning; another wording of
+a question is another question here.
 
 **Normal form.** Unicode NFKC (UAX #15) and case folded; punctuation and white space become one space; apostrophes and invisible
 format characters (category Cf) go. Operators and currency signs stay (`+ * / = < > % $ ...`), and so does a minus before a digit:
 `5 - 3` and `5 * 3` are two questions.
 
-**Nearly the same text.** With d the edits that lead from one text to the other and n the length of the longer, two texts are nearly
-the same when 1 - d / n is at least `SIMILARITY` counted in characters, or at least `WORD_SIMILARITY` counted in words. Edits in words
-are the words that one text has and the other lacks, the larger of the two counts: order does not count, a clause may have been
-moved. Edits in characters are the Levenshtein distance, or the characters of those words where that is less.
+**Nearly the same text.** With d the edits that lead from one text to the other and n the length of the longer, two texts are
+nearly the same when 1 - d / n is at least `SIMILARITY` counted in characters, or at least `WORD_SIMILARITY` counted in words
+(one may differ from `LEAST_WORDS` on) while they agree in `LETTER_SIMILARITY` of their letters (Indel similarity, in either
+order). Edits in words are the words that one text has and the other lacks, the larger of the two counts: order does not count, a
+clause may have been moved, and a word with a slip of the finger (one letter; two from eight letters on) is none. Edits in
+characters are the Levenshtein distance, or the characters of those words where that is less. Texts of more than 20,000 characters
+are compared by their words alone, slips included.
 
 **Nearly the same record.** The prompts are nearly the same, the answers are, and none of these speaks against it:
 
-- *Context is not content.* Lines and sentences that both prompts hold (a table's columns, a passage, a system prompt) are taken away
-  before the prompts are compared: two questions about one table are two records. What is left counts as at least `LEAST_CONTENT`
-  characters, so that a typing error in a turn of two words is one. Where words were only added, prompts are compared whole.
+- *Context is not content.* Lines and sentences that both prompts hold (a table's columns, a passage, a system prompt) are taken
+  away before the prompts are compared: two questions about one table are two records. What is left counts as at least
+  `LEAST_CONTENT` characters, so that a typing error in a turn of two words is one. Where words were only added, prompts are
+  compared whole.
 - *Numbers count.* Where each side has a number that the other lacks, it is another problem, or another result.
-- *The answer follows.* Where words were exchanged in the prompt and the same words in the answer, it is another record of the same
-  pattern (`How old is Ann?`, `Ann is ...`).
+- *The answer follows.* Where words were exchanged in the prompt and the same words in the answer, it is another record of the
+  same pattern (`How old is Ann?`, `Ann is ...`).
 
-Answers are held to more than prompts, since in `The opposite of light is dark` one word is all: labels and facts, up to `LABEL_WORDS`
-words, must be equal in normal form, longer ones agree in `ANSWER_SIMILARITY` of their characters, and in answers shorter than
-`LONG_ANSWER_WORDS` order counts. Raw text is compared whole, its numbers as words among others: the copy of a page is a copy though its
-date was changed.
+Answers are held to more than prompts, since in `The opposite of light is dark` one word is all. Labels and facts, up to
+`LABEL_WORDS` words, must be equal in normal form; longer ones agree in `ANSWER_SIMILARITY` of their characters, order counted.
+Only where the prompts are equal, or an answer has `LONG_ANSWER_WORDS` words or more, may clauses have moved, and words have been
+added or left out (not exchanged) within `WORD_SIMILARITY`. Raw text is compared whole, its numbers as words among others: the
+copy of a page is a copy though its date was changed.
 
-The limits were set on BANKING77 (Casanueva et al. 2020), whose questions have 47 characters in the median: of pairs that share their
-label, those within the limits were read and say the same thing in all but the same words; beyond them come other wordings. Answers:
-on the instruction set of Raschka 2024, where shorter limits join `A synonym for quick is fast` and `... is rapid`.
+The limits were set on BANKING77 (Casanueva et al. 2020), whose questions have 47 characters in the median: of pairs that share
+their label, those within the limits were read and say the same thing in all but the same words; beyond them come other wordings.
+Answers: on the instruction set of Raschka 2024, where shorter limits join `A synonym for quick is fast` and `... is rapid`.
 """
 
 from __future__ import annotations
@@ -48,6 +53,13 @@ SIMILARITY = 0.85
 #: Share of words that must be the same: one in five may differ.
 WORD_SIMILARITY = 0.8
 
+#: Words are counted from this many on, and one of them may differ.
+LEAST_WORDS = 4
+
+#: Where words are counted, the share of letters that must be the same as well: with one word in five exchanged another thing may
+#: be asked.
+LETTER_SIMILARITY = 0.82
+
 #: Share of characters that must be the same in answers longer than labels.
 ANSWER_SIMILARITY = 0.9
 
@@ -57,7 +69,7 @@ LEAST_CONTENT = 40
 #: Answers of up to this many words are labels or facts: classes, yes or no, names, numbers.
 LABEL_WORDS = 5
 
-#: From this length on a clause may have been moved within an answer.
+#: From this length on clauses may have moved within an answer whatever the prompts.
 LONG_ANSWER_WORDS = 20
 
 # The Levenshtein distance takes time in the product of both lengths; above this length words alone are compared.
@@ -209,9 +221,43 @@ def _alike(a: str, b: str, exchanged: tuple[_Bag, _Bag], least: int = 0) -> bool
         exchanged: the words that only the one has, and those that only the other has.
         least: characters that the texts count as, at the least.
     """
-    if max(map(len, exchanged)) <= _budget(WORD_SIMILARITY, max(len(words(a)), len(words(b)))):
+    count = max(len(words(a)), len(words(b)))
+    if count >= LEAST_WORDS and _few_words_differ(a, b, exchanged, max(1, _budget(WORD_SIMILARITY, count)), least):
         return True
     return _within(_budget(SIMILARITY, max(len(a), len(b), least)), a, b, exchanged)
+
+
+def _few_words_differ(a: str, b: str, exchanged: tuple[_Bag, _Bag], budget: int, least: int) -> bool:
+    mine, theirs = map(len, exchanged)
+    if max(len(a), len(b)) > _MOST_CHARACTERS:
+        return max(mine, theirs) <= budget
+    # A word with a slip takes one from either side. Every word is compared with every other, so the letters are asked first.
+    if abs(mine - theirs) > budget or _letters(a, b, least) < LETTER_SIMILARITY:
+        return False
+    return max(mine, theirs) <= budget or max(map(len, _without_slips(*exchanged))) <= budget
+
+
+def _without_slips(mine: _Bag, theirs: _Bag) -> tuple[list[str], list[str]]:
+    """The words that have no counterpart on the other side: the same word but for a slip of the finger."""
+    from rapidfuzz.distance import OSA
+
+    left, others = [], sorted(_plain(theirs))
+    for word in sorted(_plain(mine)):
+        slips = (other for other in others if min(len(word), len(other)) >= 3)
+        found = next((other for other in slips if OSA.distance(word, other) <= 1 + (max(len(word), len(other)) >= 8)), None)
+        if found is None:
+            left.append(word)
+        else:
+            others.remove(found)
+    return left, others
+
+
+def _letters(a: str, b: str, least: int) -> float:
+    """Indel similarity of two texts, the higher of as they are and with their words in alphabetical order."""
+    from rapidfuzz.distance import Indel
+
+    in_order = " ".join(sorted(a.split())), " ".join(sorted(b.split()))
+    return 1 - min(Indel.distance(a, b), Indel.distance(*in_order)) / max(len(a) + len(b), 2 * least, 1)
 
 
 def _budget(similarity: float, length: int) -> int:

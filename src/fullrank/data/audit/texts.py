@@ -20,7 +20,7 @@ import importlib.util
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -48,26 +48,25 @@ class TextChecks:
     def look(self, subject: Subject) -> list[Sighting]:
         """What is seen in the texts of a record, text by text."""
         found: list[Sighting] = []
-        for place, _, text in subject.parts:
+        for place, role, text in subject.parts:
             ascii_only = text.isascii()
             # UTF-8 of ASCII is the text itself; deleting from bytes is the fastest search for any of many characters.
             plain = ascii_only and len(text.encode().translate(None, _ASCII_CONTROLS)) == len(text)
-            broken = self._mojibake.look(text, plain, ascii_only) if self._mojibake else Spans()
-            found += _sightings("mojibake", place, broken)
+            seen = self._mojibake.look(text, plain, ascii_only) if self._mojibake else Spans()
+            broken = frozenset(seen)
+            # A soft hyphen or a Cyrillic letter inside mojibake is a byte of it.
             if self._hidden and not plain:
-                # A soft hyphen inside mojibake is a byte of it.
-                taken = frozenset(broken)
-                broken.extend(hidden_in(text))
-                found += _sightings("hidden_unicode", place, (span for span in broken if span not in taken))
+                seen.extend(hidden_in(text))
+            hidden = frozenset(seen)
             if self._homoglyphs and not ascii_only:
-                found += _sightings("homoglyph", place, homoglyphs_in(text))
+                seen.extend(homoglyphs_in(text))
+            for span in seen:
+                kind = "mojibake" if span in broken else "hidden_unicode" if span in hidden else "homoglyph"
+                found.append(Sighting(kind, span[0], place, span[1], span[2]))
             if self._tokens:
-                found += _sightings("control_token_text", place, self._tokens.look(text))
+                marks = self._tokens.look(text, by_the_model=role == "assistant")
+                found += [Sighting("control_token_text", what, place, *span) for what, *span in marks]
         return found
-
-
-def _sightings(kind: str, place: str, spans: Iterable[Span]) -> list[Sighting]:
-    return [Sighting(kind, what, place, start, end) for what, start, end in spans]
 
 
 def left_out() -> dict[str, str]:
@@ -105,9 +104,14 @@ _MAC_APOSTROPHE = re.compile(r"[ÕÆ](?<=[A-Za-z].)(?=(?:t|s|re|ve|ll|d|m)\b)")
 _CHINESE_DEBRIS = re.compile("锟斤拷|烫烫烫|屯屯屯")
 #: Quoted-printable (RFC 2045, section 6.7) of a UTF-8 sequence.
 _QUOTED = re.compile("=[C-F][0-9A-F]=[89AB][0-9A-F](?:=[89A-F][0-9A-F])*")
-#: Four letters of Latin-1's upper half in a row: no Latin orthography has such a word, Cyrillic, Greek or Hebrew read as Latin-1
-#: has little else. Several words are asked for, and lists of letters in order (`àáâãäå`) are none.
+#: Four letters of Latin-1's upper half in a row: no Latin orthography has such a word; Cyrillic, Greek or Hebrew read as it
+#: has little else. Several words are asked for, in the case of words: a list of letters (`àáâãäå`, `ÄÖÜäöüß`) is none. (`ÜÝÞß`
+#: are small letters of Greek.)
 _ACCENTS_ONLY = re.compile("(?<![À-ÖØ-öø-ÿ])[À-ÖØ-öø-ÿ]{4,}")
+_ACCENTED = re.compile("[À-ÖØ-öø-ÿ]")
+#: Letters that stand together in both cases are a list of letters.
+_FEWEST_CASE_PAIRS = 2
+_WORD_OF_ACCENTS = re.compile("[À-ÖØ-Þ]?[ÜÝÞß-öø-ÿ]+|[À-ÖØ-Þ]+")
 _FEWEST_FOREIGN_WORDS = 2
 
 #: Legacy encodings that UTF-8 is mistaken for, the likelier first; the names are Python's.
@@ -205,7 +209,8 @@ class _Mojibake:
         seen.extend(("UTF-16 with its bytes swapped", *match.span()) for match in swapped)
         seen.extend(("U+FFFD or freed memory read as GBK", *match.span()) for match in _CHINESE_DEBRIS.finditer(text))
         _look_for_misread(text, seen)
-        foreign = [match for match in _ACCENTS_ONLY.finditer(text) if list(match[0]) != sorted(match[0])]
+        words = (match for match in _ACCENTS_ONLY.finditer(text) if _WORD_OF_ACCENTS.fullmatch(match[0]))
+        foreign = [match for match in words if list(match[0]) != sorted(match[0])]
         if len({match[0] for match in foreign}) >= _FEWEST_FOREIGN_WORDS:
             seen.extend(("another alphabet read as Latin-1", *match.span()) for match in foreign)
         seen.extend(("C1 controls", *match.span()) for match in _C1.finditer(text))
@@ -224,9 +229,22 @@ class _Mojibake:
             while last := _UNUSUAL.search(text, end - _NEIGHBOURHOOD + 1, end):
                 end = last.start() + _NEIGHBOURHOOD
             for match in unlikely.finditer(text, start, end):
-                if match[0][0] in "Œœ" and match[0].isprintable() and match[0][1:].isascii():
-                    continue  # the letter alone, as phonetics writes it
-                yield "characters left by mis-decoding", *match.span()
+                if not _is_letter_list(text, match):
+                    yield "characters left by mis-decoding", *match.span()
+
+
+def _is_letter_list(text: str, match: re.Match[str]) -> bool:
+    """Whether letters stand for themselves, in phonetics (`œ`) or patterns (`[äöüÄÖÜß]`): there odd neighbours say nothing."""
+    if match[0][0] in "Œœ" and match[0].isprintable() and match[0][1:].isascii():
+        return True
+    first, last = match.span()
+    lowest, highest = max(first - _NEIGHBOURHOOD, 0), last + _NEIGHBOURHOOD
+    while first > lowest and _ACCENTED.match(text, first - 1):
+        first -= 1
+    while last < highest and _ACCENTED.match(text, last):
+        last += 1
+    letters = set(text[first:last])
+    return sum(letter.isupper() and letter.lower() in letters for letter in letters) >= _FEWEST_CASE_PAIRS
 
 
 def _look_for_misread(text: str, seen: Spans) -> None:
@@ -441,12 +459,19 @@ _MARKERS = (
     r"<(?:bos|eos)>",
     r"\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT)\]",
     r"<</?SYS>>",
+    r"</?(?:tool_call|tool_response)>",
 )
 #: A piece of each of them: plain searches for these are all that most texts cost.
-_MARKER_SIGNS = ("<|", "<｜", "_turn>", "os>", "INST]", "TOOL", "SYS")
+_MARKER_SIGNS = ("<|", "<｜", "_turn>", "os>", "INST]", "TOOL", "SYS", "tool_")
+#: What the models that have these write themselves, where it is meant.
+_WRITTEN_BY_MODELS = re.compile(r"</?(?:tool_call|tool_response)>")
 
-#: Stanford Alpaca's prompt, and its relatives; a lone `### Response:` is a heading.
-_HEADING = re.compile(r"^#{2,3} ?(Instruction|Response|Input|Human|Assistant|User|System):", re.MULTILINE)
+#: Stanford Alpaca's prompt, and its relatives, alone on a line.
+_HEADING = re.compile(r"^#{2,3} ?(?:Instruction|Response|Input|Human|Assistant|User|System):[ \t]*$", re.MULTILINE)
+
+#: Who speaks, as prompt formats without control tokens write it (Anthropic, Vicuna): capitals, or a word that no prose begins a
+#: line with, and never the text's first word, which may be its subject.
+_SPEAKER = re.compile(r"(?<=\n)[ \t]*(?:Human|Assistant|USER|ASSISTANT|SYSTEM):(?=\s|$)")
 
 #: Who asks and who answers in a transcript, at the start of a line.
 _ASKER = re.compile(r"^[ \t>*_]{0,4}(?:Human|User|HUMAN|USER|user|human)[*_]{0,2}:", re.MULTILINE)
@@ -469,21 +494,23 @@ class _Tokens:
         covered = re.compile("|".join(_MARKERS))
         self._signs = (*_MARKER_SIGNS, *{_sign(token) for token in own if not covered.fullmatch(token)})
 
-    def look(self, text: str) -> Spans:
+    def look(self, text: str, *, by_the_model: bool = False) -> Spans:
         seen = Spans()
         for sign in self._signs:
             if sign in text:
                 for match in self._pattern.finditer(text):
+                    if by_the_model and _WRITTEN_BY_MODELS.fullmatch(match[0]):
+                        continue
                     what = f"control token {match[0]}" if match[0] in self._own else "marker of a chat format"
                     seen.add(what, *match.span())
                 break
         if "s>" in text:
             seen.extend(_sentence_marks(text))
         if "##" in text:
-            headings = list(_HEADING.finditer(text))
-            if len({match[1] for match in headings}) > 1 or any(match[1] == "Instruction" for match in headings):
-                seen.extend(("heading of a prompt format", *match.span()) for match in headings)
+            seen.extend(("heading of a prompt format", *match.span()) for match in _HEADING.finditer(text))
         if ":" in text:
+            if "\n" in text:
+                seen.extend(("role marker of a prompt format", *match.span()) for match in _SPEAKER.finditer(text))
             for sign in _ANSWERER_SIGNS:
                 if sign in text:
                     asked, answered = list(_ASKER.finditer(text)), list(_ANSWERER.finditer(text))

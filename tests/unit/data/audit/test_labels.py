@@ -99,7 +99,7 @@ def test_other_answers_are_none(rows: Rows) -> None:
 def test_raw_text_is_no_answer() -> None:
     documents = [subject_of(Document("yes")) for _ in range(50)]
     assert labels.short_answers(documents) == {"answered": 0, "counts": {}}
-    assert labels.facts(documents)["label"].tolist() == [0] * 50
+    assert labels.facts(documents)["label"].tolist() == [1] * 50
 
 
 def test_too_many_distinct_answers_end_the_counting() -> None:
@@ -109,6 +109,15 @@ def test_too_many_distinct_answers_end_the_counting() -> None:
     one = labels.short_answers([subject_of(Pair("q", "yes"))])
     assert labels.gather([one, one]) == {"answered": 2, "counts": {"yes": 2}}
     assert labels.gather([one, labels.short_answers(many)]) == {"answered": len(many) + 1, "counts": None}
+
+
+def test_a_split_counts_its_own_records_of_a_shard() -> None:
+    rows = answers(yes=30, no=20) + [("q", "long " * 50)] * 3
+    subjects = [subject_of(Pair(*row)) for row in rows] + [subject_of(Document("yes"))] * 4
+    shard, column = labels.short_answers(subjects), labels.facts(subjects)["label"]
+    assert labels.gather([shard], column) == labels.gather([shard]) == {"answered": 53, "counts": {"yes": 30, "no": 20}}
+    assert labels.gather([shard], column[25:52]) == {"answered": 27, "counts": {"yes": 5, "no": 20}}
+    assert labels.gather([{"answered": 9, "counts": None}], column) == {"answered": 53, "counts": None}
 
 
 def test_an_answer_is_hashed_to_the_last_space() -> None:

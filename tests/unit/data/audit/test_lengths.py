@@ -113,8 +113,8 @@ def test_prompts_and_documents_are_judged_by_themselves() -> None:
     subjects += [subject_of(Pair("long " * 500, "answer " * 20)), subject_of(Pair("?", "answer " * 20))]
     subjects += [subject_of(Document("text " * 10_000)) for _ in range(30)] + [subject_of(Document("tiny"))]
     findings = concluded(subjects)
-    assert lines(findings, "length", "extremely long prompt") == [101]
-    assert lines(findings, "length", "extremely short prompt") == [102]
+    assert lines(findings, "prompt_length", "extremely long prompt") == [101]
+    assert lines(findings, "prompt_length", "extremely short prompt") == [102]
     assert lines(findings, "length", "extremely short document") == [133]
     assert len(findings) == 3
 
@@ -130,7 +130,7 @@ def test_prompts_and_documents_are_judged_by_themselves() -> None:
     ],
 )
 def test_placeholders(text: str) -> None:
-    assert lines(concluded(pairs(text)), "placeholder_answer", "placeholder") == [201]
+    assert lines(concluded(pairs(text)), "length", "placeholder") == [201]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_answers_without_a_sign_of_meaning(text: str, nothing: bool) -> None:
     ],
 )
 def test_refusals(text: str) -> None:
-    assert lines(concluded(pairs(text)), "placeholder_answer", "refusal") == [201]
+    assert lines(concluded(pairs(text)), "refusal_answer", "refusal") == [201]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_among_labels_other_answers_are_judged() -> None:
     subjects = [subject_of(Pair("q" * (20 + n % 9), ("card_arrival", "lost_or_stolen_card")[n % 2])) for n in range(90)]
     subjects += [subject_of(Pair("q" * 20, "TODO")), subject_of(Pair("q" * 20, "x")), subject_of(Pair("q" * 20, "long " * 60))]
     findings = concluded(subjects)
-    assert lines(findings, "placeholder_answer", "placeholder") == [91]
+    assert lines(findings, "length", "placeholder") == [91]
     assert lines(findings, "length", "extremely short answer") == [92]
     assert lines(findings, "length", "extremely long answer") == [93]
 
