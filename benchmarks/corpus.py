@@ -278,7 +278,7 @@ def _with_defect(kind: str, record: dict[str, Any], last: dict[str, Any], choose
     characters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
     addition = {
         "secret": f" The key is AKIA{''.join(choose.choices(characters, k=16))}, keep it.",
-        "personal_data": f" Write to {choose.choice(_ONSETS)}{choose.choice(_RHYMES)}.{choose.randrange(10**6)}@mail-host.org for more.",
+        "personal_data": f" Write to {choose.choice(_ONSETS)}{choose.randrange(10**6)}@mail-host.org for more.",
         "mojibake": " The caf\u00e9 of M\u00fcller\u2019s sister was cheap.".encode().decode("cp1252"),
     }[kind]
     return _with_answer(record, lambda answer: answer + addition)

@@ -5,7 +5,7 @@
     map      `Dataset.map` of TRL's tokenizing function, one example a call, and nothing else that TRL does: chats through
              `apply_chat_template` with a template that marks what the assistant writes, documents through the tokenizer
     batched  the same for documents, `batched=True`: what a careful user of `datasets` writes by hand
-    trl      `SFTTrainer._prepare_dataset` itself: the same function, then labels from masks (a second map); with torch, as TRL needs it
+    trl      `SFTTrainer._prepare_dataset` itself: the same function, then labels from masks (a second map)
 
 Marks (`measure.mark`): import, start once every library is imported, end. Prints examples, tokens and supervised tokens, counted
 after the end. Caches are wherever the environment says (`HF_HOME`): a new folder each time, or nothing is measured.
@@ -43,7 +43,7 @@ def training_template(template: str) -> str:
 
 
 def tokenized(example: dict[str, Any], tokenizer: Any, template: str) -> dict[str, Any]:
-    """TRL 1.16, `sft_trainer.tokenize_fn` and `data_utils._tokenize`, with `assistant_only_loss` for chats; its checks left out."""
+    """TRL 1.16, `sft_trainer.tokenize_fn` and `data_utils._tokenize`, with `assistant_only_loss` for chats; no checks."""
     if "messages" in example:
         found = tokenizer.apply_chat_template(
             example["messages"],
@@ -85,8 +85,11 @@ def main() -> None:
     import datasets
     from transformers import AutoTokenizer
 
+    trl: Any = None
     if options.way == "trl":
-        from trl import SFTConfig, SFTTrainer
+        import trl
+
+        trl.SFTTrainer  # noqa: B018 # it is imported when it is first touched
     mark("start")
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -97,7 +100,7 @@ def main() -> None:
         # No trainer is made, since that needs a model: the method reads these three attributes.
         trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=template, completion_only_loss=False)
         is_chat = "messages" in dataset.column_names
-        config = SFTConfig(
+        config = trl.SFTConfig(
             dataset_num_proc=processes,
             assistant_only_loss=is_chat,
             max_length=None,
@@ -105,7 +108,7 @@ def main() -> None:
             report_to=[],
             use_cpu=True,
         )
-        prepared = SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, config, False, None, "train")
+        prepared = trl.SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, config, False, None, "train")
     elif options.way == "batched":
         prepared = dataset.map(
             with_ends, batched=True, num_proc=processes, fn_kwargs={"tokenizer": tokenizer}, remove_columns=dataset.column_names

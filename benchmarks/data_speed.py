@@ -11,8 +11,8 @@ in turn, round after round, each with empty caches; medians are told. Seconds co
     ready    to when the tokens lie on the disk, ready to be trained on: theirs ends there
     whole    to the end: ours goes on to write examples for people to look at and how the tokenizer splits terms
 
-and memory is the peak of the process tree from its very start (`measure.py`). That both made the same tokens of the same file, and
-supervise the same of them, is checked token for token; otherwise nothing is written.
+and memory is the peak of the process tree from its very start (`measure.py`). That all made the same tokens of the same file and
+supervise the same of them is checked token for token; otherwise nothing is written.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def one(way: str, file: Path, folder: Path, model: Path, processes: int) -> dict
     env = {"HF_HOME": str(caches), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = must(measure([*program, "--processes", str(processes)], folder, env))
     shutil.rmtree(caches)
-    return timed(done, "start", "end") | json.loads(done.output.splitlines()[-1])
+    counted: dict[str, Any] = json.loads(done.output.splitlines()[-1])
+    return timed(done, "start", "end") | counted
 
 
 def prepared(folder: Path) -> Measured:

@@ -77,7 +77,7 @@ class Measured:
 def mark(name: str) -> None:
     """Says in a measured command what it is at from now on."""
     if os.environ.get(MARKS):
-        with open(os.environ[MARKS], "a", encoding="utf-8") as file:
+        with Path(os.environ[MARKS]).open("a", encoding="utf-8") as file:
             file.write(f"{time.time()} {name}\n")
 
 

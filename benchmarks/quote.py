@@ -62,7 +62,7 @@ def data_planted() -> str:
         for kind, found in results["figures"]["classes"].items()
     )
     return f"""
-Defects planted in real data by a program that shares nothing with the audit, with what is wrong by nature labelled first by comparing
+Defects planted in real data by a program that shares nothing with the audit; what is wrong by nature was labelled first, by comparing
 all pairs ([results](../benchmarks/results/data-planted.json)):
 
 | kind | planted | recall | precision |

@@ -208,9 +208,7 @@ def test_records_go_to_label_studio_and_come_back(flawed: Path, fullrank: Callab
     folder = flawed.parent
     accept = "data.quarantine_budget=1"
     done = fullrank("data", "flagged", "recipe.yaml", accept, "--kind", "secret", "--out", "out/tasks.json", cwd=folder)
-    assert (done.code, done.out) == (0, "wrote 1 tasks to out/tasks.json, and the labelling interface to out/tasks.xml\n") or (
-        done.code == 0 and "wrote 1 task to out/tasks.json" in done.out
-    )
+    assert done.code == 0 and "wrote 1 task" in done.out and "out/tasks.json" in done.out and "out/tasks.xml" in done.out
     (task,) = json.loads((folder / "out" / "tasks.json").read_text(encoding="utf-8"))
     result = [{"from_name": "decision", "to_name": "messages", "type": "choices", "value": {"choices": ["drop"]}}]
     annotation = {"id": 1, "created_at": "2026-01-02T03:04:05Z", "was_cancelled": False, "result": result}

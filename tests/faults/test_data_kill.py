@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from staging import leftovers, write_case
 from tiny import chat_rows, write_jsonl
 
 from fullrank.cli.options import loaded
+from fullrank.data import sources
 from fullrank.workflows.data import prepare
 
 #: Longest wait for a process to get somewhere: imports take seconds on a busy machine.
@@ -99,10 +101,6 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def untouched(case: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """What comes of it when nobody interferes, done in one process."""
-    from functools import partial
-
-    from fullrank.data import sources
-
     monkeypatch.setattr(sources, "blocks", partial(sources.blocks, block_bytes=700))
     runs = case.parent / "untouched"
     assert prepare(loaded(str(case), OVERRIDES, runs), runs).refusal is None
@@ -110,7 +108,8 @@ def untouched(case: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
 
 
 def test_a_preparation_that_is_killed_and_stopped_goes_on(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = case.parent / "runs" / "tiny"
+    """In two runs at once: they share the shards, and neither spoils what the other makes."""
+    runs = [case.parent / "runs" / name for name in ("tiny", "other")]
     moment = random.Random(0)
     before: dict[str, int] = {}
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -125,23 +124,16 @@ def test_a_preparation_that_is_killed_and_stopped_goes_on(case: Path, monkeypatc
             assert process.returncode == -signal.SIGKILL
         else:
             assert process.returncode == 75 and "type the same command to continue" in errors
-        assert not (run / "data").exists()
+        assert not (runs[0] / "data").exists()
         done = shards(case)
         assert before.items() <= done.items() and len(done) > len(before)
         before = done
-    finish(start(case, "machine.workers=1"))
-    after = shards(case)
-    assert before.items() <= after.items() and len(after) > len(before)  # none was written again
-    assert contents(run) == untouched(case, monkeypatch)
-    assert leftovers(run) == []
-
-
-def test_two_runs_prepare_the_same_data_at_once(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They share the shards, and neither spoils what the other makes."""
-    both = [start(case, f"name={name}", "machine.workers=1", block_seconds=0.01) for name in ("tiny", "other")]
+    both = [start(case, f"name={run.name}", "machine.workers=1", block_seconds=0.01) for run in runs]
     for process in both:
         finish(process)
+    after = shards(case)
+    assert before.items() <= after.items() and len(after) > len(before)  # none was written again
     alone = untouched(case, monkeypatch)
-    for name in ("tiny", "other"):
-        assert contents(case.parent / "runs" / name) == alone
-    assert leftovers(case.parent / "runs") == []
+    for run in runs:
+        assert contents(run) == alone
+        assert leftovers(run) == []

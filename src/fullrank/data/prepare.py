@@ -28,6 +28,7 @@ from fullrank.errors import DataError
 from fullrank.records import TestItem
 from fullrank.run import fingerprint
 from fullrank.sequences.chat import ChatFormat, ChatRenderer, LossOn, Rendering, Tokens, as_conversation, special_texts
+from fullrank.sequences.store import Example as StoredExample
 from fullrank.sequences.store import write_shard
 
 #: Raised whenever the same records would give another shard, so that shards written before are not taken for current.
@@ -118,8 +119,10 @@ class Prepare:
         """Writes the block's shard under its final name, complete or not at all."""
         notes = _Notes()
         self._renderer.forget_stop_ids()  # what ended answers in blocks before is not this one's
-        used: list[_Pending] = []
-        tokens: list[Tokens] = []
+        # As arrays: a list of Python's numbers takes nine times the memory, and all of a block is held until it is written.
+        examples: list[StoredExample] = []
+        subjects: list[Subject] = []
+        places: list[tuple[int, int]] = []
         owners: list[int] = []
         facts: dict[str, list[int]] = {"tokens": [], "cut": [], "form": []}
 
@@ -136,8 +139,8 @@ class Prepare:
                     self._reject(notes, block, record.origin, reason, asked_for=True)
                     continue
                 for example in outcome.examples:
-                    tokens.append(example)
-                    owners.append(len(used))
+                    examples.append(StoredExample(np.asarray(example.ids, np.int32), np.asarray(example.supervised, np.bool_)))
+                    owners.append(len(subjects))
                     notes.tokens += len(example.ids)
                     notes.supervised += example.supervised_targets()
                 notes.masked += record.masked
@@ -145,8 +148,9 @@ class Prepare:
                 facts["cut"].append(outcome.truncated)
                 facts["form"].append(convert.FORMS.index(record.form))
                 for s in record.sightings:
-                    notes.sightings.append((len(used), s.kind, s.what, s.place, s.start, s.end))
-                used.append(record)
+                    notes.sightings.append((len(subjects), s.kind, s.what, s.place, s.start, s.end))
+                subjects.append(record.subject)
+                places.append(sources.within(block, record.origin))
 
         pending: list[_Pending] = []
         for item in sources.records(block):
@@ -162,8 +166,7 @@ class Prepare:
                 finish(pending)
                 pending = []
         finish(pending)
-        notes.stop_ids = self._renderer.stop_ids() if tokens else []
-        subjects = [record.subject for record in used]
+        notes.stop_ids = self._renderer.stop_ids() if examples else []
         notes.answers = self._observer.answers(subjects)
         columns: dict[str, np.ndarray] = {
             "tokens": np.asarray(facts["tokens"], np.uint32),
@@ -174,9 +177,9 @@ class Prepare:
         try:
             write_shard(
                 partial,
-                tokens,
+                examples,
                 owners,
-                [sources.within(block, record.origin) for record in used],
+                places,
                 {**columns, **self._observer.facts(subjects)},
                 vars(notes),
             )

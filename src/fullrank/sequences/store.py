@@ -61,7 +61,7 @@ class Example(NamedTuple):
 
 def write_shard(
     path: Path,
-    examples: Sequence[Tokens],
+    examples: Sequence[Tokens | Example],
     records: Sequence[int],
     places: Sequence[tuple[int, int]],
     facts: Mapping[str, np.ndarray] | None = None,
@@ -80,7 +80,7 @@ def write_shard(
     lengths = [len(tokens.ids) for tokens in examples]
     offsets = np.zeros(len(examples) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    largest = max((max(tokens.ids) for tokens in examples if tokens.ids), default=0)
+    largest = max((int(np.max(tokens.ids)) for tokens in examples if len(tokens.ids)), default=0)
     ids = np.empty(offsets[-1], np.uint16 if largest < 2**16 else np.int32)
     supervised = np.empty(offsets[-1], np.uint8)
     for tokens, start, end in zip(examples, offsets[:-1], offsets[1:], strict=True):

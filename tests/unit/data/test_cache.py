@@ -1,4 +1,4 @@
-"""Shards are made once: again only where a byte or a setting that they depend on has changed, and never taken when they are broken."""
+"""Shards are made once: again only where a byte or a setting that they depend on has changed, and never taken when broken."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import pytest
 from staging import Staged, leftovers, staged, write_case
 from tiny import CHATML, chat_rows, write_jsonl
 
-from fullrank.data import digests, prepare
+from fullrank.data import digests, prepare, sources
 from fullrank.data.cache import ShardCache
 from fullrank.data.digests import DigestMemory
 from fullrank.data.sources import Block
+from fullrank.data.splits import Splits
 from fullrank.errors import DataRefused
 from fullrank.models.load import load_tokenizer
 from fullrank.sequences.store import TokenStore
@@ -164,10 +167,6 @@ def test_a_change_behind_the_same_size_and_time_is_seen(case: Path, watch: Watch
 
 
 def test_a_longer_file_makes_its_last_block_anew(case: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    from functools import partial
-
-    from fullrank.data import sources
-
     monkeypatch.setattr(sources, "blocks", partial(sources.blocks, block_bytes=700))
     prepared(case)
     made = len(watch.written)
@@ -255,7 +254,6 @@ def test_one_byte_of_one_file(case: Path, watch: Watch) -> None:
 
 def test_another_model_with_the_same_tokenizer_is_judged_by_its_own_size(case: Path, watch: Watch) -> None:
     """What the audit says of the amount of data depends on the model's parameters."""
-    from dataclasses import replace
 
     def said(run: Staged) -> list[str]:
         audit = json.loads((run.run.data / "audit.json").read_text(encoding="utf-8"))
@@ -274,8 +272,6 @@ def test_a_file_that_changes_while_it_is_prepared_is_not_taken_for_the_old_one(
     case: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The card must not say of new content that it is the old, or the next run would use it unseen."""
-    from fullrank.data.splits import Splits
-
     path = case.parent / "data" / "train.jsonl"
     whole, old = Splits.prepare, path.read_bytes()
 

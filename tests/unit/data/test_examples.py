@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,7 +51,7 @@ def test_every_token_is_learned_once_and_after_the_one_before_it(length: int, mo
 def test_a_chunk_begins_with_the_end_of_the_one_before_and_adds_to_it(length: int, most: int, ratio: float) -> None:
     pieces = chunks(document(length), most, ratio)
     assert [len(piece.ids) for piece in pieces[:-1]] == [most] * (len(pieces) - 1)
-    for before, after in zip(pieces, pieces[1:], strict=False):
+    for before, after in itertools.pairwise(pieces):
         context = after.supervised.index(True)
         assert after.ids[:context] == before.ids[-context:] and all(after.supervised[context:])
         # The share that was asked for, and always one token to predict from and one to predict.
@@ -123,5 +125,5 @@ def test_a_lost_answer_is_told_with_the_place_of_the_cut() -> None:
 
 @pytest.mark.parametrize("too_long", ["error", "drop", "truncate", "chunk"])
 def test_an_example_with_nothing_to_learn_is_refused_however_short(too_long: str) -> None:
-    with pytest.raises(DataError, match="^no supervised token is left$"):
+    with pytest.raises(DataError, match=r"^no supervised token is left$"):
         fit([Tokens([1, 2, 3], [True, False, False])], limit(10, too_long), is_document=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_the_facts_of_some_are_those_of_all_at_their_places(prepared: Prepared, 
     for name in ("tokens", "prompt", "cut"):
         assert some.column(name).tolist() == everything.column(name)[chosen].tolist()
     ends = np.cumsum([0, 11, 8, 6, 9])
-    assert some.used() == [int(((chosen >= low) & (chosen < high)).sum()) for low, high in zip(ends, ends[1:], strict=False)]
+    assert some.used() == [int(((chosen >= low) & (chosen < high)).sum()) for low, high in itertools.pairwise(ends)]
 
 
 def test_each_fact_belongs_to_its_record(prepared: Prepared) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import pytest
 
 from fullrank.data.pool import Pool
 from fullrank.errors import DataError, FullrankError
+
+#: What is wrong with processes shows as waiting.
+pytestmark = pytest.mark.timeout(60)
 
 #: Tasks are sent by name, so a process must be able to import them.
 TASKS = '''
@@ -194,6 +198,21 @@ def test_no_process_outlives_the_pool(tasks: Any, started: list[int], ends: str)
             raise ZeroDivisionError
     assert soon(lambda: not any(map(is_running, started)))
     assert time.monotonic() - begun < 15  # nobody waits for work that is under way, or begins what was waiting
+
+
+@pytest.mark.parametrize("moment", ["at work", "as it is told what to do"])
+def test_a_process_whose_parent_is_gone_ends_without_a_word(tasks: Any, moment: str) -> None:
+    """Its words would stand in the terminal of someone who has just killed a run."""
+    message = pickle.dumps((1, tasks.Echo(), (5, 0.3)), protocol=pickle.HIGHEST_PROTOCOL)
+    with subprocess.Popen(
+        [sys.executable, "-m", "fullrank.data.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.write(message if moment == "at work" else message[: len(message) // 2])
+        process.stdin.close()
+        words = process.stderr.read().decode()
+    assert words == ("a library says 5\n" if moment == "at work" else "")
 
 
 def test_processes_are_lean_and_do_not_start_threads_of_their_own(tasks: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import pickle
 import subprocess
@@ -71,7 +72,7 @@ def pair(question: str, answer: str) -> dict[str, Any]:
 
 def decoded(task: Prepare, found: Shard) -> list[str]:
     offsets = found["offsets"]
-    return [task._renderer.decode(found["ids"][a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [task._renderer.decode(found["ids"][a:b]) for a, b in itertools.pairwise(offsets)]
 
 
 # ---- none is lost ---------------------------------------------------------------------------------------------------

@@ -13,18 +13,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from staging import Staged, leftovers, staged, write_case
 from tiny import CHATML, chat_rows, write_jsonl
 
 from fullrank.data import pool, sources
 from fullrank.data import stage as data_stage
 from fullrank.errors import DataRefused, FullrankError
+from fullrank.models.load import load_tokenizer
 from fullrank.run import read_json_lines
-from fullrank.sequences.store import Shard, TokenStore
+from fullrank.sequences.chat import Tokens
+from fullrank.sequences.store import Shard, ShardPlace, TokenStore, write_index, write_shard
 
 #: Blocks of a few records, so that small files have many.
 SMALL_BLOCKS = 600
@@ -156,7 +162,7 @@ def test_processes_give_the_bytes_that_one_gives(everything: tuple[Path, Written
     alone.data()
     assert len(cached(alone)) > 20
     monkeypatch.setattr(data_stage, "_SMALL_BYTES", 0)
-    for workers in (1, 2, 3):
+    for workers in (1, 3):  # two of them stand below, where one is killed
         shared = staged(case, [f"machine.workers={workers}"], runs=case.parent / f"runs-{workers}")
         shared.data()
         assert cached(shared) == cached(alone), workers
@@ -490,8 +496,6 @@ def test_a_killed_process_costs_only_what_it_was_doing(everything: tuple[Path, W
 
 def spoken(run: Staged) -> list[tuple[str, str]]:
     """Of every training example its text, and what of it is learned."""
-    from fullrank.models.load import load_tokenizer
-
     store, tokenizer = TokenStore(run.run.data / "train"), load_tokenizer(run.base.folder)
     found = []
     for n in range(len(store)):
@@ -608,10 +612,53 @@ def test_what_is_not_looked_for_cannot_be_masked(tmp_path: Path, model: Path) ->
     assert key not in spoken(run)[8][0]
 
 
+# ---- the store ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 9), min_size=1, max_size=5),  # lengths of a shard's examples
+            st.integers(1, 1000),  # its first line
+            st.booleans(),  # whether its records are lines
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.data(),
+)
+def test_a_store_over_several_shards(shards: list[tuple[list[int], int, bool]], data: st.DataObject) -> None:
+    """Any order of examples, some of them several times, against lists of what was written."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for new in ("train", "shards"):
+            (folder / new).mkdir()
+        places, written = [], {}
+        for number, (lengths, first, is_lines) in enumerate(shards):
+            examples = [
+                Tokens([1000 * number + 10 * n + k for k in range(length)], [k > 0 for k in range(length)])
+                for n, length in enumerate(lengths)
+            ]
+            records = [n // 2 for n in range(len(lengths))]  # two examples of each record
+            write_shard(folder / "shards" / f"{number}", examples, records, [(3 * n, -1) for n in range(records[-1] + 1)])
+            places.append(ShardPlace(f"{number}", f"f{number}", first, None, "line" if is_lines else "record"))
+            for n, example in enumerate(examples):
+                origin = f"f{number}:" + ("" if is_lines else "record ") + str(first + 3 * records[n])
+                written[number, n] = example, origin
+        chosen = data.draw(st.lists(st.sampled_from(sorted(written)), max_size=20))
+        write_index(folder / "train", places, np.array(chosen, np.int32))
+        store = TokenStore(folder / "train")
+        assert len(store) == len(chosen)
+        assert store.lengths.tolist() == [len(written[one][0].ids) for one in chosen]
+        for n, one in enumerate(chosen):
+            example, origin = written[one]
+            assert store[n].ids.tolist() == example.ids and store[n].supervised.tolist() == example.supervised
+            assert store.origin(n) == origin
+
+
 def test_shards_open_as_safetensors(everything: tuple[Path, Written]) -> None:
     """Anyone's reader can read them."""
-    from safetensors.numpy import load_file
-
     case, _ = everything
     run = staged(case)
     run.data()

@@ -1,4 +1,4 @@
-"""The data of a recipe by themselves: what is found is returned, what was asked wrongly is told, labels come back as they were given."""
+"""The data of a recipe by themselves: what is found is returned, what is asked wrongly is told, labels come back as given."""
 
 from __future__ import annotations
 
@@ -206,6 +206,17 @@ def test_a_rejected_record_has_no_example(case: Path) -> None:
     assert example.example == 2
 
 
+def test_a_record_is_found_by_what_it_is_called(case: Path) -> None:
+    """Where a file has no lines, origins say `record 3`, and what is shown may be asked for again."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"prompt": [f"the sky {n}" for n in range(4)], "completion": ["blue"] * 4})
+    parquet.write_table(table, case.parent / "rows.parquet")
+    (example,) = show(case, "data.train=rows.parquet", examples=[2])
+    assert example.origin == f"{case.parent / 'rows.parquet'}:record 3"
+    for name in (example.origin, "rows.parquet:record 3", "rows.parquet:3", "3", "record 3"):
+        assert show(case, "data.train=rows.parquet", record=name) == [example], name
+
+
 def test_a_run_is_looked_at_by_its_name(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(case)
     monkeypatch.chdir(case.parent)
@@ -264,7 +275,7 @@ def test_flagged_records_are_those_that_findings_name(flawed: Path) -> None:
 
 
 def test_no_finding_is_of_that_kind(flawed: Path) -> None:
-    with pytest.raises(UsageError, match="no finding is of kind 'mojibake'; found: .*leak, .*secret"):
+    with pytest.raises(UsageError, match=r"no finding is of kind 'mojibake'; found: .*leak, .*secret"):
         flag(flawed, flawed.parent / "tasks.json", "secret", "mojibake")
     assert not (flawed.parent / "tasks.json").exists()
 
@@ -300,7 +311,7 @@ def test_an_export_about_other_files_changes_nothing(flawed: Path) -> None:
     tasks = tasks_of(flawed, "secret")
     exported = flawed.parent / "export.json"
     exported.write_text(json.dumps(annotated(tasks, {"decision": "drop"})), encoding="utf-8")
-    with pytest.raises(DataError, match="export.json"):
+    with pytest.raises(DataError, match=r"export\.json"):
         workflow.relabel(flawed.parent / "validation.jsonl", exported, flawed.parent / "new.jsonl")
     assert not (flawed.parent / "new.jsonl").exists()
 

@@ -42,6 +42,8 @@ class Look:
 def find(train: Facts, grams: Grams, pool: Pool) -> np.ndarray:
     """(2, hits): record of the training split, and passage."""
     found = [np.empty((2, 0), np.int64)]
+    if not len(grams.hashes):
+        return found[0]
     results = pool.each(Look(grams), _jobs(train))
     for (_, _, numbers), hits in zip(train.numbers(), results, strict=True):
         records = numbers[hits[0].astype(np.int64)]

@@ -14,7 +14,7 @@ nearly the same when 1 - d / n is at least `SIMILARITY` counted in characters, o
 order). Edits in words are the words that one text has and the other lacks, the larger of the two counts: order does not count, a
 clause may have been moved, and a word with a slip of the finger (one letter; two from eight letters on) is none. Edits in
 characters are the Levenshtein distance, or the characters of those words where that is less. Texts of more than 20,000 characters
-are compared by their words alone, slips included.
+are compared by their words alone, a slip being a word like another.
 
 **Nearly the same record.** The prompts are nearly the same, the answers are, and none of these speaks against it:
 
