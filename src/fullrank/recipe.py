@@ -193,6 +193,14 @@ class Data(Section):
     template_date: datetime.date = datetime.date(2026, 1, 1)
     """The day that templates which print today's date see: fixed, so that the same recipe gives the same tokens."""
 
+    @model_validator(mode="after")
+    def _only_training_is_mixed(self) -> Data:
+        others = [source for items in self.test.values() for source in items]
+        others += self.validation if isinstance(self.validation, list) else []
+        if any(source.weight is not None or source.repeat > 1 for source in others):
+            raise ValueError("`weight` and `repeat` mix training data; validation and test data are measured on as they are")
+        return self
+
     @field_validator("test")
     @classmethod
     def _names_are_file_names(cls, test: dict[str, list[Source]]) -> dict[str, list[Source]]:

@@ -299,6 +299,8 @@ class DataCard(StageRecord):
     """Whose chat template rendered the examples."""
     training_fingerprint: str
     """SHA-256 over what training and validation examples depend on; test sets may change without it."""
+    records_fingerprint: str
+    """SHA-256 over what examples and test items depend on; the audit may change without it."""
     places: str = ""
     """SHA-256 over the names of the files: where they have moved, records are found in their new place."""
     stop_ids: list[int]

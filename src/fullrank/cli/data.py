@@ -101,11 +101,12 @@ def register(app: typer.Typer) -> None:
         recipe = loaded(target, overrides, runs_dir)
         with stoppable():
             from fullrank.cli.console import Console
+            from fullrank.units import plural
             from fullrank.workflows.data import flag
 
             with Console() as console:
                 count = flag(recipe, runs_dir, console.hear, kinds=kind or [], out=out)
-        print(f"wrote {count:,} tasks to {out}, and the labelling interface to {out.with_suffix('.xml')}")
+        print(f"wrote {plural(count, 'task')} to {out}, and the labelling interface to {out.with_suffix('.xml')}")
 
     @data.command()
     def labelled(

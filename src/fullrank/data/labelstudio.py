@@ -447,9 +447,13 @@ def apply(rows: Iterable[Row], decisions: Iterable[Decision], out: Path) -> Appl
     return Applied(**counts)
 
 
-@lru_cache(maxsize=64)
 def _same(path: str) -> str:
     """One name for a file however it is called: recipes name files by whole paths, people by short ones."""
+    return _real(os.path.abspath(path))  # noqa: PTH100 - a short name means another file in another folder
+
+
+@lru_cache(maxsize=64)
+def _real(path: str) -> str:
     return os.path.realpath(path)
 
 

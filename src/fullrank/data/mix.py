@@ -37,7 +37,10 @@ def mix(
     shares = np.asarray([float(weight or 0) for weight in weights])
     shares /= shares.sum()
     amounts = [int(source.sum()) if by == "tokens" else len(source) for source in lengths]
-    size = min(repeat * amount / share for repeat, amount, share in zip(repeats, amounts, shares, strict=True))
+    # A source of which nothing could be used has no share to hold; the card shows it.
+    size = min(
+        (repeat * amount / share for repeat, amount, share in zip(repeats, amounts, shares, strict=True) if amount), default=0
+    )
     return [
         _take(source, round(size * share), amount, by, seed, number)
         for number, (source, share, amount) in enumerate(zip(lengths, shares, amounts, strict=True))

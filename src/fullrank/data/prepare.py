@@ -61,6 +61,15 @@ class Settings:
         """SHA-256 over the settings."""
         return fingerprint(PREPARATION_VERSION, asdict(self))
 
+    @property
+    def tokens_fingerprint(self) -> str:
+        """SHA-256 over the settings that tokens depend on: what the audit looks for changes none, except where it is masked."""
+        settings = asdict(self)
+        del settings["skip"]
+        if not self.mask:
+            del settings["checks"]
+        return fingerprint(PREPARATION_VERSION, settings)
+
 
 @dataclass
 class _Notes:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from fullrank.data import sources
@@ -63,11 +64,13 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
         run.tell("reused", stage="data", what="tokens as prepared before; the files they came from are no longer there")
         return card
     tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
+    _refuse_broken_template(tokenizer, recipe)
     cache = ShardCache(run.root.parent / ".shards")
     memory = DigestMemory.load(cache.digests)
     for_training = _training_fingerprint(recipe, base, tokenizer, memory)
     tests = {name: _digests(items, memory) for name, items in recipe.data.test.items()}
-    current = fingerprint(for_training, tests, _audit_settings(recipe.data, base))
+    for_records = fingerprint(for_training, tests)
+    current = fingerprint(for_records, _audit_settings(recipe.data, base))
     memory.save()
     places = fingerprint([sources.files(source) for source in all_sources(recipe.data)])
     if card and card.fingerprint == current and card.places == places:
@@ -103,6 +106,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
             peak_bytes=meter.peak_bytes,
             chat_template="recipe" if recipe.data.chat_template else "model" if chat.template else "none",
             training_fingerprint=for_training,
+            records_fingerprint=for_records,
             places=places,
             stop_ids=splits.stop_ids(),
             train=written["train"],
@@ -132,6 +136,19 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
     run.tell("finished", stage="data", seconds=card.seconds, examples=card.train.examples, tokens=card.train.tokens)
     refuse(card, recipe.data, run)
     return card
+
+
+def _refuse_broken_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """A template that is no Jinja is told once, not with every record; what it makes of conversations is theirs to say."""
+    try:
+        if tokenizer.chat_template:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        where = recipe.data.chat_template or f"the chat template of {recipe.model.source}"
+        problem = f"{where}:{error.lineno}: not a Jinja template: {error.message}"
+        raise DataError(problem, hint="mend it, or give another one as data.chat_template") from None
+    except Exception:
+        return
 
 
 def _write_samples(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:
@@ -191,7 +208,7 @@ def refuse(card: DataCard, data: Data, run: Run) -> None:
         rest = f"\n({plural(more, 'more finding')} in {run.data / 'audit.json'})" if more > 0 else ""
         raise DataRefused(
             "the audit of the data found errors:\n" + "\n".join(lines) + rest,
-            hint=f"mend the data ({errors[0].advice}), or accept them by name: data.audit.accept=[{', '.join(kinds)}]",
+            hint=f"mend the data ({errors[0].advice}), or accept them by name: data.audit.accept=[{','.join(kinds)}]",
         )
 
 
@@ -240,7 +257,7 @@ def _training_fingerprint(recipe: Recipe, base: ResolvedModel, tokenizer: PreTra
     data = recipe.data
     ratio = data.validation.ratio if isinstance(data.validation, ValidationSplit) else None
     return fingerprint(
-        settings_for(recipe, base, ChatFormat.of(tokenizer, data.template_date, ""), is_test=False).fingerprint,
+        settings_for(recipe, base, ChatFormat.of(tokenizer, data.template_date, ""), is_test=False).tokens_fingerprint,
         [data.mix_by, ratio, recipe.train.seed],
         [[source.weight, source.repeat] for source in data.train],
         _digests(data.train, memory),

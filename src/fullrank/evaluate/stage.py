@@ -110,7 +110,7 @@ def _test_items(recipe: Recipe, run: Run, name: str) -> list[TestItem]:
 
 def _fingerprint(recipe: Recipe, run: Run, data: DataCard, base: ResolvedModel) -> str:
     weights = {path.name: file_digest(path) for path in sorted(run.model.glob("*.safetensors"))}
-    return fingerprint(recipe.evaluate.model_dump(mode="json"), data.fingerprint, base.facts.fingerprint, weights)
+    return fingerprint(recipe.evaluate.model_dump(mode="json"), data.records_fingerprint, base.facts.fingerprint, weights)
 
 
 def _compare(by_who: dict[Who, _Measured]) -> TestScores:

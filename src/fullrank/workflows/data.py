@@ -86,6 +86,7 @@ def show(
         samples = _samples(recipe, run, split)
         if record is not None:
             path, _, line = record.rpartition(":")
+            line = line.removeprefix("record ")  # as origins have it where a file has no lines
             if not line.isdigit():
                 raise UsageError(f"--record {record!r}: a record is named by its line, or by file:line")
             chosen = samples.at(path, int(line)) if path else samples.on_line(int(line))

@@ -270,6 +270,7 @@ def card(notes: list[str] | None = None, masked: dict[str, int] | None = None, n
         peak_bytes=1,
         chat_template="model",
         training_fingerprint="2",
+        records_fingerprint="3",
         stop_ids=[2],
         train=split(both, lengths, dropped_too_long=7, truncated=1, masked=masked or {"secret": 3}),
         validation=split(both[:1], none, examples=0, tokens=0, supervised_ratio=0.0),

@@ -171,6 +171,7 @@ def data_card() -> DataCard:
         peak_bytes=410_000_000,
         chat_template="model",
         training_fingerprint="34" * 32,
+        records_fingerprint="56" * 32,
         stop_ids=[2],
         train=split("train", 360, 41_203),
         validation=split("validation", 40, 4_544),

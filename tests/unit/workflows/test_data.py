@@ -123,7 +123,7 @@ def test_errors_stop_every_stage_until_they_are_accepted_by_name(flawed: Path, s
         assert [kind for kind in ("leak", "secret") if f"{kind}: " in caught.value.message] == left
         assert not any((runs / "tiny" / name).exists() for name in ("plan.json", "train", "model"))
         # What the hint says to type must be enough, whatever was accepted before.
-        named = caught.value.hint.rpartition("data.audit.accept=[")[2].rstrip("]").split(", ")
+        named = caught.value.hint.rpartition("data.audit.accept=[")[2].rstrip("]").split(",")
         assert sorted(named) == ["leak", "secret"]
     if stage == "plan":
         go("data.audit.accept=[leak, secret]")
