@@ -13,8 +13,9 @@ from tiny import chat_rows, write_jsonl
 
 from fullrank import loading
 from fullrank.models import export
-from fullrank.models.load import load_model, load_tokenizer
-from fullrank.models.source import ResolvedModel, resolve
+from fullrank.models.load import load_chat_format, load_model, load_tokenizer
+from fullrank.models.resolved import ResolvedModel
+from fullrank.models.source import resolve
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, Plan, TrainCard
 from fullrank.run import Run, read_json_lines
@@ -58,7 +59,9 @@ class Staged:
     def data(self) -> DataCard:
         from fullrank.data.stage import stage
 
-        return stage(self.recipe, self.run, self.base)
+        data = self.recipe.data
+        chat = load_chat_format(self.base.folder, data.chat_template, data.template_date, self.recipe.model.source)
+        return stage(self.recipe, self.run, self.base, chat)
 
     def plan(self) -> Plan:
         from fullrank.plan.stage import stage

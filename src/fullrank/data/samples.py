@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from fullrank.data import convert, hub, show, sources
 from fullrank.data.audit import personal
@@ -22,7 +21,7 @@ from fullrank.data.subject import subject_of
 from fullrank.errors import DataError, UsageError
 from fullrank.recipe import Data
 from fullrank.records import Audit, ShownExample
-from fullrank.sequences.chat import ChatRenderer, Tokens, as_conversation, special_texts
+from fullrank.sequences.chat import ChatFormat, ChatRenderer, Tokens, as_conversation, special_texts
 from fullrank.sequences.store import Example, TokenStore
 
 
@@ -33,14 +32,13 @@ class Samples:
         folder: the run's `data` folder.
         split: train or validation.
         data: the recipe's section.
-        tokenizer: the model's.
-        name: what messages call its template.
+        chat: of the model's tokenizer and template.
     """
 
-    def __init__(self, folder: Path, split: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, folder: Path, split: str, data: Data, chat: ChatFormat) -> None:
         self.split, self.data = split, data
         self.store = TokenStore(folder / split)
-        self._renderer = ChatRenderer(tokenizer, data.template_date, name)
+        self._renderer = ChatRenderer.from_format(chat)
         self._tokenizer = self._renderer.backend
         control = self._renderer.format.control_tokens
         self._control_ids = {token.id for token in control}

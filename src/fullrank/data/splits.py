@@ -26,7 +26,7 @@ from fullrank.data.mix import mix
 from fullrank.data.pool import Pool
 from fullrank.data.prepare import Prepare, Settings
 from fullrank.data.sources import Block
-from fullrank.models.source import ResolvedModel
+from fullrank.models.resolved import ResolvedModel
 from fullrank.recipe import Data, Recipe, Source, ValidationSplit
 from fullrank.records import LengthSummary, Quarantined, SourceCard, SplitCard, TestCard
 from fullrank.run import Run

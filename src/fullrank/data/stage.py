@@ -12,11 +12,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
 
 from fullrank.data import sources
 from fullrank.data.audit.conclude import conclude
@@ -31,8 +31,7 @@ from fullrank.data.terms import audit_terms
 from fullrank.errors import DataError, DataRefused, UsageError
 from fullrank.loading import matching_files
 from fullrank.meter import Meter
-from fullrank.models.load import load_tokenizer
-from fullrank.models.source import ResolvedModel
+from fullrank.models.resolved import ResolvedModel
 from fullrank.recipe import Data, Recipe, Source, ValidationSplit
 from fullrank.records import Audit, DataCard, Quarantined
 from fullrank.run import Run, file_digest, fingerprint, new_folder, read_json_lines, read_record, write_record
@@ -49,8 +48,14 @@ _MOST_READ_FOR_TERMS = 20_000
 _SMALL_BYTES = 8 << 20
 
 
-def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
+def stage(recipe: Recipe, run: Run, base: ResolvedModel, chat: ChatFormat) -> DataCard:
     """Prepares the data of a recipe, or finds it prepared.
+
+    Args:
+        recipe: names the sources.
+        run: holds what is prepared.
+        base: the model it is prepared for.
+        chat: of the model's tokenizer and template (`fullrank.models.load.load_chat_format`).
 
     Raises:
         DataError: a source or the chat template cannot be used at all.
@@ -63,11 +68,9 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
     if card and begun and _missing_files(recipe.data) and _test_files(recipe.data) == {n: t.files for n, t in card.tests.items()}:
         run.tell("reused", stage="data", what="tokens as prepared before; the files they came from are no longer there")
         return card
-    tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
-    _refuse_broken_template(tokenizer, recipe)
     cache = ShardCache(run.root.parent / ".shards")
     memory = DigestMemory.load(cache.digests)
-    for_training = _training_fingerprint(recipe, base, tokenizer, memory)
+    for_training = _training_fingerprint(recipe, base, chat, memory)
     tests = {name: _digests(items, memory) for name, items in recipe.data.test.items()}
     for_records = fingerprint(for_training, tests)
     current = fingerprint(for_records, _audit_settings(recipe.data, base))
@@ -85,7 +88,6 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
     run.tell("started", stage="data")
     seen = _digests(all_sources(recipe.data), memory)
     with Meter() as meter, new_folder(run.data) as folder:
-        chat = ChatFormat.of(tokenizer, recipe.data.template_date, recipe.model.source)
         with Pool(_processes(recipe)) as pool:
             splits = Splits(recipe, base, chat, cache, pool, run, folder)
             splits.prepare()
@@ -115,8 +117,8 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
             notes=splits.notes(),
         )
         write_record(folder / "audit.json", audit)
-        _write_samples(folder, recipe, tokenizer, audit)
-        _write_terms(folder, recipe, tokenizer, splits.facts[0])
+        _write_samples(folder, recipe, chat, audit)
+        _write_terms(folder, recipe, chat, splits.facts[0])
         changed = [
             source_name(source)
             for source, before, now in zip(
@@ -138,35 +140,23 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> DataCard:
     return card
 
 
-def _refuse_broken_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """A template that is no Jinja is told once, not with every record; what it makes of conversations is theirs to say."""
-    try:
-        if tokenizer.chat_template:
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        where = recipe.data.chat_template or f"the chat template of {recipe.model.source}"
-        problem = f"{where}:{error.lineno}: not a Jinja template: {error.message}"
-        raise DataError(problem, hint="mend it, or give another one as data.chat_template") from None
-    except Exception:
-        return
-
-
-def _write_samples(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:
+def _write_samples(folder: Path, recipe: Recipe, chat: ChatFormat, audit: Audit) -> None:
     """Writes `shown.jsonl`: examples that tell most about each split."""
     with (folder / "shown.jsonl").open("w", encoding="utf-8") as file:
         for split in ("train", "validation"):
-            samples = Samples(folder, split, recipe.data, tokenizer, recipe.model.source)
+            samples = Samples(folder, split, recipe.data, chat)
             for example in samples.shown(samples.telling(audit)):
                 file.write(example.model_dump_json() + "\n")
 
 
-def _write_terms(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Facts) -> None:
+def _write_terms(folder: Path, recipe: Recipe, chat: ChatFormat, train: Facts) -> None:
     """Writes `terms.json`: how the tokenizer splits the words of the training data."""
-    backend: Any = tokenizer
     step = max(1, len(train) // _MOST_READ_FOR_TERMS)
     subjects = train.subjects(range(0, len(train), step))
     glossary = Path(recipe.data.glossary) if recipe.data.glossary else None
-    write_record(folder / "terms.json", audit_terms(subjects, backend.backend_tokenizer, glossary, records=len(train)))
+    write_record(
+        folder / "terms.json", audit_terms(subjects, Tokenizer.from_str(chat.tokenizer_json), glossary, records=len(train))
+    )
 
 
 # ---- what a run is refused for --------------------------------------------------------------------------------------
@@ -252,12 +242,12 @@ def _test_files(data: Data) -> dict[str, list[str]]:
     return {name: [source_name(source) for source in items] for name, items in data.test.items()}
 
 
-def _training_fingerprint(recipe: Recipe, base: ResolvedModel, tokenizer: PreTrainedTokenizerBase, memory: DigestMemory) -> str:
+def _training_fingerprint(recipe: Recipe, base: ResolvedModel, chat: ChatFormat, memory: DigestMemory) -> str:
     """Over what training and validation examples depend on: content and settings, not where files are."""
     data = recipe.data
     ratio = data.validation.ratio if isinstance(data.validation, ValidationSplit) else None
     return fingerprint(
-        settings_for(recipe, base, ChatFormat.of(tokenizer, data.template_date, ""), is_test=False).tokens_fingerprint,
+        settings_for(recipe, base, replace(chat, name=""), is_test=False).tokens_fingerprint,
         [data.mix_by, ratio, recipe.train.seed],
         [[source.weight, source.repeat] for source in data.train],
         _digests(data.train, memory),

@@ -21,7 +21,7 @@ from fullrank.generation.decode import greedy
 from fullrank.generation.likelihood import example_losses
 from fullrank.meter import Meter
 from fullrank.models.load import load_model, load_tokenizer
-from fullrank.models.source import ResolvedModel
+from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, EvaluationCard, Plan, Prediction, TestItem, TestScores, TrainCard

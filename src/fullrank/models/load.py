@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fullrank.errors import DataError, ModelError
 from fullrank.models.source import load_config
+from fullrank.sequences.chat import ChatFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,3 +71,29 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data.chat_template: {chat_template} cannot be read: {error}") from None
     return tokenizer
+
+
+def load_chat_format(folder: Path, chat_template: str | None, date: datetime.date, name: str) -> ChatFormat:
+    """What conversations are rendered and tokenized with, in plain values.
+
+    Args:
+        folder: of the tokenizer.
+        chat_template: a Jinja file that replaces its template.
+        date: the day that templates see.
+        name: what messages call the template.
+
+    Raises:
+        DataError: the template cannot be read or is no Jinja (what it makes of conversations is told with the records).
+        ModelError: when the folder has no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder, chat_template)
+    try:
+        if tokenizer.chat_template:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        where = chat_template or f"the chat template of {name}"
+        problem = f"{where}:{error.lineno}: not a Jinja template: {error.message}"
+        raise DataError(problem, hint="mend it, or give another one as data.chat_template") from None
+    except Exception:
+        logging.get_logger(__name__).debug("%s refuses a lone question", name)
+    return ChatFormat.of(tokenizer, date, name)

@@ -11,7 +11,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fullrank.errors import ModelError
 from fullrank.models.embedded import EMBEDDED, folder_of
+from fullrank.models.resolved import ResolvedModel
 from fullrank.recipe import Model
 from fullrank.records import ModelFacts
 from fullrank.run import file_digest, fingerprint
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """A base model on this machine."""
-
-    folder: Path
-    facts: ModelFacts
 
 
 def resolve(model: Model, tell: Callable[[str], None] = lambda words: None) -> ResolvedModel:

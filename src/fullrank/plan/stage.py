@@ -15,7 +15,8 @@ import numpy as np
 from fullrank.errors import FitError
 from fullrank.meter import Meter, resident_bytes
 from fullrank.models.load import DTYPES, attention_for
-from fullrank.models.source import ResolvedModel, load_config
+from fullrank.models.resolved import ResolvedModel
+from fullrank.models.source import load_config
 from fullrank.optim.schedule import warmup_steps
 from fullrank.parallel import device as devices
 from fullrank.plan import memory, speed

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullrank.errors import ProofError
 from fullrank.models import export
-from fullrank.models.source import ResolvedModel
+from fullrank.models.resolved import ResolvedModel
 from fullrank.records import Proof
 
 

@@ -20,7 +20,7 @@ from fullrank.meter import Meter
 from fullrank.models.export import export_dtype
 from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.packing import keeps_apart
-from fullrank.models.source import ResolvedModel
+from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.single import SingleDevice

@@ -15,12 +15,11 @@ from fullrank.data.samples import Samples
 from fullrank.data.splits import all_sources
 from fullrank.errors import DataError, DataRefused, UsageError
 from fullrank.loading import LoadedRecipe
-from fullrank.models.load import load_tokenizer
-from fullrank.models.source import resolve
 from fullrank.recipe import Recipe, Source
 from fullrank.records import Audit, DataCard, Finding, Place, ShownExample, SplitCard, TestCard
 from fullrank.run import Listener, Run, need_record, write_text
-from fullrank.workflows.stages import opened, run_until
+from fullrank.workflows.described import Described, describe_elsewhere
+from fullrank.workflows.stages import prepare_data
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Prepared:
     """What came of preparing the data of a recipe."""
 
     run: Run
+    told: Described
     card: DataCard
     audit: Audit
     refusal: DataRefused | None
@@ -51,14 +51,15 @@ class Prepared:
 
 def prepare(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None) -> Prepared:
     """Prepares and audits; what a run would be refused for is returned, not raised."""
+    told = describe_elsewhere(loaded.recipe, lambda words: listener("note", {"words": words}) if listener else None)
     refusal: DataRefused | None = None
     try:
-        run = run_until("data", loaded, runs_dir, listener)
+        run = prepare_data(loaded, told, runs_dir, listener)
     except DataRefused as error:
         refusal = error
         run = Run(loaded.run_root or runs_dir / loaded.recipe.name)
     card = need_record(run.data / "card.json", DataCard, "data")
-    return Prepared(run, card, need_record(run.data / "audit.json", Audit, "data"), refusal)
+    return Prepared(run, told, card, need_record(run.data / "audit.json", Audit, "data"), refusal)
 
 
 # ---- looking --------------------------------------------------------------------------------------------------------
@@ -82,25 +83,18 @@ def show(
     if split not in ("train", "validation"):
         raise UsageError(f"there is no split {split!r} to show; allowed: train, validation")
     prepared = prepare(loaded, runs_dir, listener)
-    with opened(loaded, runs_dir) as (recipe, run):
-        samples = _samples(recipe, run, split)
-        if record is not None:
-            path, _, line = record.rpartition(":")
-            line = line.removeprefix("record ")  # as origins have it where a file has no lines
-            if not line.isdigit():
-                raise UsageError(f"--record {record!r}: a record is named by its line, or by file:line")
-            chosen = samples.at(path, int(line)) if path else samples.on_line(int(line))
-            if not chosen:
-                raise UsageError(f"--record {record!r}: no example of {split} was made from it", hint="see data/quarantine.jsonl")
-        else:
-            chosen = list(examples) or samples.telling(prepared.audit)[:count]
-        return samples.shown(chosen)
-
-
-def _samples(recipe: Recipe, run: Run, split: str) -> Samples:
-    base = resolve(recipe.model)
-    tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
-    return Samples(run.data, split, recipe.data, tokenizer, recipe.model.source)
+    samples = Samples(prepared.run.data, split, loaded.recipe.data, prepared.told.chat)
+    if record is not None:
+        path, _, line = record.rpartition(":")
+        line = line.removeprefix("record ")  # as origins have it where a file has no lines
+        if not line.isdigit():
+            raise UsageError(f"--record {record!r}: a record is named by its line, or by file:line")
+        chosen = samples.at(path, int(line)) if path else samples.on_line(int(line))
+        if not chosen:
+            raise UsageError(f"--record {record!r}: no example of {split} was made from it", hint="see data/quarantine.jsonl")
+    else:
+        chosen = list(examples) or samples.telling(prepared.audit)[:count]
+    return samples.shown(chosen)
 
 
 # ---- labelling ------------------------------------------------------------------------------------------------------
@@ -118,8 +112,7 @@ def flag(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None, *, kin
     if unknown:
         raise UsageError(f"no finding is of kind {unknown[0]!r}; found: {', '.join(sorted(known)) or 'none'}")
     findings = [finding for finding in prepared.audit.findings if not kinds or finding.kind in kinds]
-    with opened(loaded, runs_dir) as (recipe, _):
-        tasks = labelstudio.to_tasks(_flagged(recipe, labelstudio.by_record(findings)))
+    tasks = labelstudio.to_tasks(_flagged(loaded.recipe, labelstudio.by_record(findings)))
     write_text(out, json.dumps(tasks, ensure_ascii=False, indent=1) + "\n")
     write_text(out.with_suffix(".xml"), labelstudio.LABELING_CONFIG)
     return len(tasks)

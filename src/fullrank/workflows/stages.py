@@ -20,16 +20,11 @@ import yaml
 
 from fullrank.data import stage as data_stage
 from fullrank.errors import UsageError
-from fullrank.evaluate import stage as evaluate_stage
 from fullrank.loading import LoadedRecipe, differences, dump
-from fullrank.models.source import ResolvedModel, resolve
-from fullrank.parallel import device as devices
-from fullrank.plan import stage as plan_stage
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, EvaluationCard, Plan, Score, StageRecord, TrainCard
-from fullrank.report import stage as report_stage
 from fullrank.run import Listener, Run, read_record, write_text
-from fullrank.train import stage as train_stage
+from fullrank.workflows.described import Described, describe
 
 StageName = Literal["data", "plan", "train", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("data", "plan", "train", "evaluate", "report")
@@ -42,56 +37,64 @@ def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: L
     Raises:
         FullrankError: whatever a stage refuses; everything complete stays.
     """
-    with opened(loaded, runs_dir, listener) as (recipe, run):
-        base = resolve(recipe.model, lambda words: run.tell("note", stage="model", words=words))
+    said: list[str] = []
+    told = describe(loaded.recipe, said.append)
+    with opened(loaded, told.recipe, runs_dir, listener) as run:
+        for words in said:
+            run.tell("note", stage="model", words=words)
         for name in STAGES[: STAGES.index(last) + 1]:
-            _run_stage(name, recipe, run, base)
-            if name == "data" and last != "data":
-                evaluate_stage.rehearse(recipe, run)
+            _run_stage(name, told, run)
     return run
 
 
-def _run_stage(name: StageName, recipe: Recipe, run: Run, base: ResolvedModel) -> None:
+def prepare_data(loaded: LoadedRecipe, told: Described, runs_dir: Path, listener: Listener | None = None) -> Run:
+    """Runs the data stage alone, without torch."""
+    with opened(loaded, told.recipe, runs_dir, listener) as run:
+        data_stage.stage(told.recipe, run, told.base, told.chat)
+    return run
+
+
+def _run_stage(name: StageName, told: Described, run: Run) -> None:
+    # Rooms are imported when they are entered: preparing data alone needs no torch.
+    recipe, base = told.recipe, told.base
     match name:
         case "data":
-            data_stage.stage(recipe, run, base)
+            from fullrank.evaluate import stage as evaluate_stage
+
+            data_stage.stage(recipe, run, base, told.chat)
+            evaluate_stage.rehearse(recipe, run)
         case "plan":
+            from fullrank.plan import stage as plan_stage
+
             plan_stage.stage(recipe, run, base)
         case "train":
+            from fullrank.train import stage as train_stage
+
             train_stage.stage(recipe, run, base)
         case "evaluate":
+            from fullrank.evaluate import stage as evaluate_stage
+
             evaluate_stage.stage(recipe, run, base)
         case "report":
+            from fullrank.report import stage as report_stage
+
             page = report_stage.stage(run)
             run.tell("finished", stage="report", page=str(page))
 
 
 @contextmanager
-def opened(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None) -> Iterator[tuple[Recipe, Run]]:
+def opened(loaded: LoadedRecipe, recipe: Recipe, runs_dir: Path, listener: Listener | None = None) -> Iterator[Run]:
     """The run's folder, locked, with the resolved recipe and the environment saved in it.
 
     Raises:
         UsageError: the folder is in use, cannot be written, or holds training begun with another recipe.
     """
-    recipe = _resolved(loaded.recipe)
     run = Run(loaded.run_root or runs_dir / recipe.name, listener)
     with run.locked():
         _refuse_other_recipe(run, recipe)
         write_text(run.recipe_path, _header(loaded) + dump(recipe))
         write_text(run.environment_path, _environment())
-        yield recipe, run
-
-
-def _resolved(recipe: Recipe) -> Recipe:
-    """The recipe with every `auto` replaced by what it means on this machine."""
-    device = devices.choose(recipe.machine.device)
-    precision = devices.resolve_precision(recipe.train.precision, device)
-    return recipe.model_copy(
-        update={
-            "machine": recipe.machine.model_copy(update={"device": device.type}),
-            "train": recipe.train.model_copy(update={"precision": precision}),
-        }
-    )
+        yield run
 
 
 def _refuse_other_recipe(run: Run, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from tiny import chat_rows, write_jsonl
 
 from fullrank.data.samples import Samples
 from fullrank.errors import DataError, UsageError
-from fullrank.models.load import load_tokenizer
+from fullrank.models.load import load_chat_format, load_tokenizer
 from fullrank.records import Audit, Finding, Place, ShownExample
 from fullrank.run import read_json_lines
 
@@ -27,7 +27,8 @@ def case(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
 
 
 def samples(run: Staged, split: str = "train") -> Samples:
-    return Samples(run.run.data, split, run.recipe.data, load_tokenizer(run.base.folder, run.recipe.data.chat_template), "tiny")
+    data = run.recipe.data
+    return Samples(run.run.data, split, data, load_chat_format(run.base.folder, data.chat_template, data.template_date, "tiny"))
 
 
 def prepared(case: Path, *overrides: str) -> Staged:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny import random_tokens, write_store
 
-from fullrank.models.source import ResolvedModel, load_config, resolve
+from fullrank.models.resolved import ResolvedModel
+from fullrank.models.source import load_config, resolve
 from fullrank.plan import speed
 from fullrank.recipe import Model
 from fullrank.sequences.layout import MicroBatch, micro_batches

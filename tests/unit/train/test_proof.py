@@ -15,7 +15,8 @@ from tiny import tokenizer
 from fullrank.errors import ProofError
 from fullrank.models import export
 from fullrank.models.load import load_model
-from fullrank.models.source import ResolvedModel, resolve
+from fullrank.models.resolved import ResolvedModel
+from fullrank.models.source import resolve
 from fullrank.recipe import Model
 from fullrank.train.proof import check_changed, export_and_prove, unchanged_tensors
 
