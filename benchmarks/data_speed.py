@@ -6,7 +6,8 @@ are ready again.
 
 Ours is `fullrank data` (`data_stage.py`) with two workers, with every check of the audit skipped, and once more with all of them
 made; theirs is `datasets.map` with two processes and the function that TRL maps (`data_peer.py`). All are processes of their own,
-in turn, round after round, each with empty caches; medians are told. Seconds count from when the libraries are imported
+in turn, round after round, each with empty caches; medians are told. Seconds count from when the libraries are imported (and, of
+ours, the model is described, by a process that ends)
 
     ready    to when the tokens lie on the disk, ready to be trained on: theirs ends there
     whole    to the end: ours goes on to write examples for people to look at and how the tokenizer splits terms
@@ -51,6 +52,7 @@ machine: {{workers: {processes}, device: cpu}}
 """
 #: Who prepares what: the first is ours, the second with the audit, the others are theirs.
 WAYS = {"messages": ("ours", "audited", "map", "trl"), "text": ("ours", "audited", "map", "batched")}
+_IMPORTS = "import fullrank.models.load, fullrank.models.source, fullrank.parallel.device; from transformers import AutoTokenizer"
 #: A file's digest is remembered once the file has been left alone for two seconds.
 _SETTLE_SECONDS = 2.5
 
@@ -177,8 +179,16 @@ def repeated(folder: Path, rounds: int) -> dict[str, Any]:
     runs = [must(prepared(folder), allowed=(0, 3)) for _ in range(rounds)]
     if any(name == "prepare" for run in runs for _, name in run.marks):
         sys.exit("unchanged data were prepared again")
+    # What describes the model imports torch and transformers in a process of its own: what a process takes that does nothing else
+    # is left out.
+    bare = [must(measure([sys.executable, "-c", _IMPORTS], folder)).seconds for _ in runs]
+    described = [run.between("describe", "start") - imports for run, imports in zip(runs, bare, strict=True)]
     return {
-        "seconds": statistics.median(run.between("start", "end") for run in runs),
+        "seconds": statistics.median(
+            run.between("start", "end") + max(0.0, extra) for run, extra in zip(runs, described, strict=True)
+        ),
+        "describe_seconds": statistics.median(run.between("describe", "start") for run in runs),
+        "describe_import_seconds": statistics.median(bare),
         "import_seconds": statistics.median(run.between("import", "start") for run in runs),
         "process_seconds": statistics.median(run.seconds for run in runs),
     }

@@ -10,11 +10,11 @@ format characters (category Cf) go. Operators and currency signs stay (`+ * / = 
 
 **Nearly the same text.** With d the edits that lead from one text to the other and n the length of the longer, two texts are
 nearly the same when 1 - d / n is at least `SIMILARITY` counted in characters, or at least `WORD_SIMILARITY` counted in words
-(one may differ from `LEAST_WORDS` on) while they agree in `LETTER_SIMILARITY` of their letters (Indel similarity, in either
-order). Edits in words are the words that one text has and the other lacks, the larger of the two counts: order does not count, a
-clause may have been moved, and a word with a slip of the finger (one letter; two from eight letters on) is none. Edits in
-characters are the Levenshtein distance, or the characters of those words where that is less. Texts of more than 20,000 characters
-are compared by their words alone, a slip being a word like another.
+(one may differ from `LEAST_WORDS` on) while they agree in `LETTER_SIMILARITY` of their letters (Indel similarity). Where they do
+so only with their words in alphabetical order (a clause was moved), `MOVED_SIMILARITY` of the words must be the same. Edits in
+words are the words that one text has and the other lacks, the larger of the two counts, and a word with a slip of the finger (one
+letter; two from eight letters on) is none. Edits in characters are the Levenshtein distance, or the characters of those words
+where that is less. Texts of more than 20,000 characters are compared by their words alone, a slip being a word like another.
 
 **Nearly the same record.** The prompts are nearly the same, the answers are, and none of these speaks against it:
 
@@ -55,6 +55,9 @@ WORD_SIMILARITY = 0.8
 
 #: Words are counted from this many on, and one of them may differ.
 LEAST_WORDS = 4
+
+#: Share of words that must be the same where they stand in another order.
+MOVED_SIMILARITY = 0.9
 
 #: Where words are counted, the share of letters that must be the same as well: with one word in five exchanged another thing may
 #: be asked.
@@ -221,19 +224,26 @@ def _alike(a: str, b: str, exchanged: tuple[_Bag, _Bag], least: int = 0) -> bool
         exchanged: the words that only the one has, and those that only the other has.
         least: characters that the texts count as, at the least.
     """
-    count = max(len(words(a)), len(words(b)))
-    if count >= LEAST_WORDS and _few_words_differ(a, b, exchanged, max(1, _budget(WORD_SIMILARITY, count)), least):
+    if _few_words_differ(a, b, exchanged, least):
         return True
     return _within(_budget(SIMILARITY, max(len(a), len(b), least)), a, b, exchanged)
 
 
-def _few_words_differ(a: str, b: str, exchanged: tuple[_Bag, _Bag], budget: int, least: int) -> bool:
+def _few_words_differ(a: str, b: str, exchanged: tuple[_Bag, _Bag], least: int) -> bool:
     mine, theirs = map(len, exchanged)
+    count = max(len(words(a)), len(words(b)))
+    if count < LEAST_WORDS:
+        return False
+    budget = max(1, _budget(WORD_SIMILARITY, count))
     if max(len(a), len(b)) > _MOST_CHARACTERS:
         return max(mine, theirs) <= budget
     # A word with a slip takes one from either side. Every word is compared with every other, so the letters are asked first.
-    if abs(mine - theirs) > budget or _letters(a, b, least) < LETTER_SIMILARITY:
+    if abs(mine - theirs) > budget:
         return False
+    if _letters(a, b, least) < LETTER_SIMILARITY:
+        if _letters(" ".join(sorted(a.split())), " ".join(sorted(b.split())), least) < LETTER_SIMILARITY:
+            return False
+        budget = _budget(MOVED_SIMILARITY, count)
     return max(mine, theirs) <= budget or max(map(len, _without_slips(*exchanged))) <= budget
 
 
@@ -253,11 +263,10 @@ def _without_slips(mine: _Bag, theirs: _Bag) -> tuple[list[str], list[str]]:
 
 
 def _letters(a: str, b: str, least: int) -> float:
-    """Indel similarity of two texts, the higher of as they are and with their words in alphabetical order."""
+    """Indel similarity of two texts that count as `least` characters at the least."""
     from rapidfuzz.distance import Indel
 
-    in_order = " ".join(sorted(a.split())), " ".join(sorted(b.split()))
-    return 1 - min(Indel.distance(a, b), Indel.distance(*in_order)) / max(len(a) + len(b), 2 * least, 1)
+    return 1 - Indel.distance(a, b) / max(len(a) + len(b), 2 * least, 1)
 
 
 def _budget(similarity: float, length: int) -> int:
