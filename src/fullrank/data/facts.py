@@ -85,11 +85,11 @@ class Facts:
 
     def column(self, name: str) -> np.ndarray:
         """One fact of every record: column_N."""
-        return self._gathered([shard[name] for _, shard in self._shards()])
+        return self._gathered([np.array(shard[name]) for _, shard in self._shards()])  # copies: a view would hold its file open
 
     def row(self, name: str, number: int) -> np.ndarray:
         """One line of a fact stored as (K, N): column_N."""
-        return self._gathered([shard[name][number] for _, shard in self._shards()])
+        return self._gathered([np.array(shard[name][number]) for _, shard in self._shards()])
 
     def forms(self) -> dict[str, int]:
         """Records by the form they came in."""

@@ -30,8 +30,9 @@ from safetensors.numpy import save_file
 
 from fullrank.sequences.chat import Tokens
 
-#: Shards held open at a time: enough for training to hit one it has seen, far below the limit on open files.
-_OPEN_SHARDS = 256
+#: Shards that a split holds open at a time: several splits are open at once, and a process may open about a thousand files. Opening
+#: one again takes a millisecond.
+_OPEN_SHARDS = 64
 
 _DTYPES = {
     "U8": np.uint8,
