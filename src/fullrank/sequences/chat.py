@@ -543,6 +543,7 @@ class _Encoder:
         self.tokenizer.no_truncation()
         self._control_ids = frozenset(token.id for token in chat_format.control_tokens)
         self._control_texts = tuple(token.text for token in chat_format.control_tokens)
+        self._borders: dict[tuple[str, str], bool] = {}
 
     def ids(self, text: str, guards: Sequence[Span] = ()) -> list[int]:
         if guards:
@@ -628,12 +629,25 @@ class _Encoder:
         start, end = span
         first = 0
         if self._splits_cleanly:  # words are cut by what is near
+            if rendering.text[start - 1] == "\n" and self._ends_a_word(
+                rendering.text[max(0, start - 8) : start], rendering.text[start]
+            ):
+                return False
             first, end = max(0, start - _NEAR), min(end, start + _NEAR)
         before, after = rendering.text[first:start], rendering.text[start:end]
         following, _ = self._after(before, after, _within(rendering.guards, start, end))
         prompt = self.ids(before, _within(rendering.guards, first, start))
         together = self.ids(before + after, _within(rendering.guards, first, end))
         return together != prompt + [token.id for token in following]
+
+    def _ends_a_word(self, before: str, first: str) -> bool:
+        """Whether a word ends after `before`, which ends in a line break, when `first` follows."""
+        if first.isspace():  # white space runs on
+            return False
+        if (before, first) not in self._borders:
+            pieces = self.tokenizer.pre_tokenizer.pre_tokenize_str(before + first)
+            self._borders[before, first] = any(end == len(before) for _, (_, end) in pieces)
+        return self._borders[before, first]
 
     def continuation(self, before: str, after: str) -> list[int]:
         """Ids of `after` as they follow `before`: without the space some tokenizers put before every text."""

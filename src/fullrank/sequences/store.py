@@ -30,8 +30,8 @@ from safetensors.numpy import save_file
 
 from fullrank.sequences.chat import Tokens
 
-#: Shards that a split holds open at a time: several splits are open at once, and a process may open about a thousand files. Opening
-#: one again takes a millisecond.
+#: Shards that a split holds open at a time: several splits are open at once, and a process may open about a thousand files.
+#: Opening one again takes a millisecond.
 _OPEN_SHARDS = 64
 
 _DTYPES = {
