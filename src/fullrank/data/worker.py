@@ -5,6 +5,7 @@ Both ends are this package's own, on one machine, through pipes that nobody else
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -19,6 +20,7 @@ def main() -> None:
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a library that prints must not spoil the results
     tasks: dict[int, Any] = {}
+    gc.disable()  # a block is hundreds of thousands of small objects, few of them in cycles: one look at its end is enough
     while True:
         try:
             key, task, job = pickle.load(source)
@@ -33,6 +35,7 @@ def main() -> None:
         except Exception as error:
             words = f"a process that prepares data failed: {type(error).__name__}: {error}"
             answer = (True, FullrankError(words, hint=traceback.format_exc()))
+        gc.collect()
         try:
             pickle.dump(answer, sink, protocol=pickle.HIGHEST_PROTOCOL)
             sink.flush()
