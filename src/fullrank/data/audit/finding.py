@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +55,3 @@ class SplitFacts(Protocol):
     def subjects(self, records: Sequence[int]) -> Iterator[Subject]:
         """The records themselves, read again from their source; keep `records` ascending, it reads forward."""
         ...
-
-
-Fetch = Callable[[int], Subject]

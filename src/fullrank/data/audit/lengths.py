@@ -235,7 +235,7 @@ def _marked(marks: np.ndarray, free: np.ndarray) -> list[_Sort]:
     ]
 
 
-def _extremes(lengths: np.ndarray, counted: np.ndarray, judged: np.ndarray, noun: str, of_labels: bool = False) -> list[_Sort]:
+def _extremes(lengths: np.ndarray, counted: np.ndarray, judged: np.ndarray, noun: str) -> list[_Sort]:
     """Extremely short and extremely long texts; lengths_N, counted_N (make up the usual lengths), judged_N of one split."""
     usual = bounds(lengths[counted])
     if usual is None:
