@@ -1,8 +1,8 @@
 """Text to ids, exactly as a server would make them, with control tokens that people wrote kept text.
 
-What carries loss is decided elsewhere (`fullrank.sequences.chat`): here a rendering, a text with its supervised stretches, is made
-into token ids and a mask. Tokenizers that work word by word are given the parts of many renderings at once; others the whole, with
-the places of its tokens. Shape legend: T tokens of an example.
+What carries loss is decided elsewhere (`fullrank.sequences.chat`): here a rendering, a text with its supervised
+stretches, is made into token ids and a mask. Tokenizers that work word by word are given the parts of many renderings
+at once; others the whole, with the places of its tokens. Shape legend: T tokens of an example.
 """
 
 from __future__ import annotations
