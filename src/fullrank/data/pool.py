@@ -27,6 +27,7 @@ _LEAN = {
     "USE_TORCH": "0",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 

@@ -55,6 +55,8 @@ class Settings:
     """Kinds of sightings to replace by placeholders."""
     checks: str
     """Versions of the checks and of the libraries they use."""
+    encoder: str
+    """What encodes batches of texts, with its version."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,9 +65,11 @@ class Settings:
 
     @property
     def tokens_fingerprint(self) -> str:
-        """SHA-256 over the settings that tokens depend on: what the audit looks for changes none, except where it is masked."""
+        """SHA-256 over the settings that tokens depend on: what the audit looks for changes none, except where it is masked, nor
+        does what encodes them.
+        """
         settings = asdict(self)
-        del settings["skip"]
+        del settings["skip"], settings["encoder"]
         if not self.mask:
             del settings["checks"]
         return fingerprint(PREPARATION_VERSION, settings)

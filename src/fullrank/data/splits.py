@@ -30,6 +30,7 @@ from fullrank.models.resolved import ResolvedModel
 from fullrank.recipe import Data, Recipe, Source, ValidationSplit
 from fullrank.records import LengthSummary, Quarantined, SourceCard, SplitCard, TestCard
 from fullrank.run import Run
+from fullrank.sequences import batch
 from fullrank.sequences.chat import ChatFormat, special_texts
 from fullrank.sequences.order import held_out
 from fullrank.sequences.store import ShardPlace, is_whole, write_index
@@ -49,6 +50,7 @@ def settings_for(recipe: Recipe, base: ResolvedModel, chat: ChatFormat, *, is_te
         skip=tuple(sorted(data.audit.skip)),
         mask=tuple(sorted(data.audit.mask)),
         checks=version(),
+        encoder=batch.version(),
     )
 
 

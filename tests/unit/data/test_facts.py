@@ -42,7 +42,8 @@ class Prepared:
         self.known: list[tuple[str, int, str]] = []
         self.sources: list[PreparedSource] = []
         chat = ChatFormat.of(tiny.tokenizer(), datetime.date(2026, 1, 1), "tiny")
-        self.task = Prepare(Settings(chat, "assistant", Limit(256, "limit", "error", 0.1), False, ("near_duplicate",), (), "1"))
+        limit = Limit(256, "limit", "error", 0.1)
+        self.task = Prepare(Settings(chat, "assistant", limit, False, ("near_duplicate",), (), "1", "tokenizers"))
         self.observer = Observer([token.text for token in chat.control_tokens], frozenset())
         lines = [pair("a", n) for n in range(11)]
         raw = [json.dumps(row) for row in lines]

@@ -43,6 +43,7 @@ def made(tokenizer: Any, **changes: Any) -> Settings:
         skip=(),
         mask=(),
         checks="1",
+        encoder="tokenizers",
     )
     return replace(found, **changes)
 
