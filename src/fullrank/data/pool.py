@@ -1,14 +1,17 @@
 """Work in parallel processes, in order, with a bounded amount of it under way.
 
-The processes are lean: they import what a task is made of and nothing else, never torch (a process that prepares text takes about
-70 MB with tokenizers and templates, and several hundred with torch). They are started as a module of this package, so that no
-script of a user's is imported a second time, and end with the process that started them.
+The processes are lean: they import what a task is made of and nothing else, never torch. They are copies of one that has loaded
+what the first task needs, so that it is in memory once (`fullrank.data.worker`). That one is started as a module of this package,
+so that no script of a user's is imported a second time; all of them end with the process that started them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +42,10 @@ class Task(Protocol):
         """Does it with these arguments."""
         ...
 
+    def warm(self) -> None:
+        """Loads what it will need, before processes are copied."""
+        ...
+
 
 class Pool:
     """`with Pool(2) as pool: for result in pool.each(task, jobs): ...`
@@ -51,7 +58,8 @@ class Pool:
         self.processes = processes
         self._threads = ThreadPoolExecutor(max(1, processes), thread_name_prefix="pool")
         self._local = threading.local()
-        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._family: _Family | None = None
 
     def __enter__(self) -> Pool:
         return self
@@ -64,9 +72,10 @@ class Pool:
 
     def rest(self) -> None:
         """Ends the processes, which give their memory back; new ones are started when there is work again."""
-        for worker in self._workers:
-            worker.stop()
-        self._workers.clear()
+        with self._lock:
+            family, self._family = self._family, None
+        if family:
+            family.stop()
 
     def each(self, task: Task, jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """The results of a task for jobs, in their order; jobs are taken as there is room for them."""
@@ -84,27 +93,66 @@ class Pool:
             yield under_way.popleft().result()
 
     def _do(self, task: Task, job: tuple[Any, ...]) -> Any:
-        worker: _Worker | None = getattr(self._local, "worker", None)
-        if worker is None or worker.stopped:
-            worker = self._local.worker = _Worker()
-            self._workers.append(worker)
+        with self._lock:
+            if self._family is None:
+                self._family = _Family(self.processes, task)
+            worker: _Worker | None = getattr(self._local, "worker", None)
+            if worker is None or worker.family is not self._family:
+                worker = self._local.worker = self._family.idle.pop()
         return worker.do(task, job)
+
+
+class _Family:
+    """A process and its copies, which work."""
+
+    def __init__(self, count: int, task: Task) -> None:
+        pairs = [socket.socketpair() for _ in range(count)]
+        theirs = [their.fileno() for _, their in pairs]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fullrank.data.worker", *map(str, theirs)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=theirs,
+            env={**os.environ, **_LEAN},
+            start_new_session=True,  # Ctrl-C at the terminal is the parent's to handle
+        )
+        self.idle = [_Worker(self, own, their.fileno(), task) for own, their in pairs]
+        for _, their in pairs:
+            their.close()
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # whoever gives it work is told that it has ended
+            pickle.dump((id(task), task), self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.close()
+        self._codes: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def exit_code(self, number: int) -> int:
+        """How the copy with a socket of this number ended."""
+        assert self._process.stdout
+        with self._lock:
+            while number not in self._codes:
+                words = self._process.stdout.readline().split()
+                if not words:
+                    return self._process.wait()
+                self._codes[int(words[0])] = int(words[1])
+            return self._codes[number]
+
+    def stop(self) -> None:
+        """Ends all of them, whatever they are at."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 class _Worker:
     """A process that does one thing at a time."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fullrank.data.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **_LEAN},
-            start_new_session=True,  # Ctrl-C at the terminal is the parent's to handle
-        )
-        self._known: dict[int, Task] = {}
-        """Tasks it has, held here so that no later one gets the number of one that is gone."""
-        self.stopped = False
+    def __init__(self, family: _Family, own: socket.socket, number: int, task: Task) -> None:
+        self.family, self._number = family, number
+        self._stream = own.makefile("rwb")
+        own.close()  # once the stream is
+        self._known: dict[int, Task] = {id(task): task}
+        """Tasks that were sent; held, so that none is taken for another that came to lie in its place."""
 
     def do(self, task: Task, job: tuple[Any, ...]) -> Any:
         """The task's result.
@@ -115,13 +163,12 @@ class _Worker:
         key = id(task)
         message = (key, None if key in self._known else task, job)
         self._known[key] = task
-        assert self._process.stdin and self._process.stdout
         try:
-            pickle.dump(message, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-            self._process.stdin.flush()
-            is_error, result = pickle.load(self._process.stdout)
+            pickle.dump(message, self._stream, protocol=pickle.HIGHEST_PROTOCOL)
+            self._stream.flush()
+            is_error, result = pickle.load(self._stream)
         except (OSError, EOFError, pickle.UnpicklingError):
-            code = self._process.wait()
+            code = self.family.exit_code(self._number)
             raise FullrankError(
                 f"a process that prepares data ended ({'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)})",
                 hint="signal 9 is what an exhausted memory looks like: try machine.workers=1; what was prepared is kept",
@@ -129,9 +176,3 @@ class _Worker:
         if is_error:
             raise result
         return result
-
-    def stop(self) -> None:
-        """Ends the process, whatever it is at."""
-        self.stopped = True
-        self._process.kill()
-        self._process.wait()

@@ -98,6 +98,16 @@ class _Notes:
     longest_prompt: int = 0
 
 
+_renderers: list[ChatRenderer] = []
+
+
+def _shared(chat: ChatFormat) -> ChatRenderer:
+    """One renderer for all tasks with the same format: its tokenizers take some 100 MB."""
+    if not _renderers or _renderers[0].format != chat:
+        _renderers[:] = [ChatRenderer.from_format(chat)]
+    return _renderers[0]
+
+
 @dataclass
 class _Pending:
     """A record on its way."""
@@ -120,9 +130,13 @@ class Prepare:
     def __reduce__(self) -> tuple[Any, ...]:
         return Prepare, (self.settings,)
 
+    def warm(self) -> None:
+        """Loads the tokenizer."""
+        self._renderer.warm()
+
     @cached_property
     def _renderer(self) -> ChatRenderer:
-        return ChatRenderer.from_format(self.settings.chat)
+        return _shared(self.settings.chat)
 
     @cached_property
     def _observer(self) -> Observer:

@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from fullrank.errors import FullrankError
@@ -46,20 +45,25 @@ class BatchEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, description: str, control_tokens: Sequence[str], name: str) -> None:
-        self._tokenizer, self._name = tokenizer, name
+        self._tokenizer, self._control_tokens, self._name = tokenizer, tuple(control_tokens), name
         self._fast = _fastokens(description)
+        self._tried = False
         self._turn = itertools.count()
-        if self._fast is not None:
-            trying = [*_TRYING, *(f"{near}{token}{near}" for token in control_tokens for near in ("", " ", "\n", "a"))]
-            for add in (False, True):
-                found = self._fastly(trying, add)
-                if found is None or any(ids != self._exactly(text, add) for text, ids in zip(trying, found, strict=True)):
-                    self._fast = None
-                    break
+
+    def _try(self) -> None:
+        """Leaves fastokens where it is another tokenizer; at the first use, since it starts threads, which no fork copies."""
+        self._tried = True
+        trying = [*_TRYING, *(f"{near}{token}{near}" for token in self._control_tokens for near in ("", " ", "\n", "a"))]
+        for add in (False, True):
+            found = self._fastly(trying, add)
+            if found is None or any(ids != self._exactly(text, add) for text, ids in zip(trying, found, strict=True)):
+                self._fast = None
 
     @property
     def is_fast(self) -> bool:
         """Whether fastokens does it."""
+        if not self._tried:
+            self._try()
         return self._fast is not None
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
@@ -71,7 +75,7 @@ class BatchEncoder:
         Raises:
             FullrankError: the two disagree.
         """
-        found = self._fastly(texts, add_special_tokens)
+        found = self._fastly(texts, add_special_tokens) if self.is_fast else None
         if found is None:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             return [encoding.ids for encoding in encodings]
@@ -92,11 +96,9 @@ class BatchEncoder:
         if self._fast is None:
             return None
         try:
-            ids, offsets = self._fast.encode_batch_flat(list(texts), add_special_tokens)
+            return [self._fast.encode(text, add_special_tokens).ids for text in texts]
         except (ValueError, NotImplementedError):
             return None
-        flat, bounds = np.frombuffer(ids, "<u4").tolist(), np.frombuffer(offsets, "<u8").tolist()
-        return [flat[low:high] for low, high in itertools.pairwise(bounds)]
 
 
 def _fastokens(description: str) -> Any:

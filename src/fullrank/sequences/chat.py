@@ -86,6 +86,10 @@ class ChatRenderer:
         self._templates: dict[bool, str] = {}
         self._turn_ends: set[int] = set()
 
+    def warm(self) -> None:
+        """Loads what encodes batches, and runs none of it: what runs may start threads, and such a process is not copied."""
+        self._encoder.warm()
+
     @property
     def backend(self) -> Tokenizer:
         """The tokenizer as it is used here."""

@@ -185,6 +185,10 @@ class Encoder:
         self._control_texts = tuple(token.text for token in chat_format.control_tokens)
         self._borders: dict[tuple[str, str], bool] = {}
 
+    def warm(self) -> None:
+        """See `ChatRenderer.warm`."""
+        self._batches  # noqa: B018
+
     def ids(self, text: str, guards: Sequence[Span] = ()) -> list[int]:
         if guards:
             return [token.id for token in self._located(text, guards)]

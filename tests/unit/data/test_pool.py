@@ -34,6 +34,8 @@ class Echo:
         global ARRIVALS
         self.__dict__ = state
         ARRIVALS += 1
+    def warm(self):
+        pass
     def run(self, value, seconds=0.0):
         time.sleep(seconds)
         print("a library says", value)
@@ -41,6 +43,8 @@ class Echo:
 ARRIVALS = 0
 
 class Fails:
+    def warm(self):
+        pass
     def run(self, how):
         if how == "refuse":
             raise DataError("rows.jsonl:3: no answer", hint="write one")
@@ -50,7 +54,17 @@ class Fails:
             os._exit(7)
         return how
 
+class Warms(Echo):
+    LOADED_BY = None
+    def warm(self):
+        Warms.LOADED_BY = os.getpid()
+    def run(self, seconds):
+        time.sleep(seconds)
+        return os.getpid(), Warms.LOADED_BY
+
 class Modules:
+    def warm(self):
+        raise ValueError("what cannot be loaded is told by the task")
     def run(self):
         import fullrank.data.prepare
         return sorted({name.partition(".")[0] for name in sys.modules}), dict(os.environ)
@@ -140,16 +154,25 @@ def test_processes_serve_several_tasks(tasks: Any) -> None:
 
 def test_processes_that_rest_are_gone_until_there_is_work(tasks: Any, started: list[int]) -> None:
     with Pool(2) as pool:
-        list(pool.each(tasks.Echo(), [(n, 0.05) for n in range(6)]))
+        workers = {process for _, process, _ in pool.each(tasks.Echo(), [(n, 0.05) for n in range(6)])}
         pool.rest()
-        assert len(started) == 2 and soon(lambda: not any(map(is_running, started)))
-        assert [value for value, _, _ in pool.each(tasks.Echo(), [(n,) for n in range(6)])] == list(range(6))
-        assert 2 < len(started) <= 4
-    assert soon(lambda: not any(map(is_running, started)))
+        assert len(workers) == 2 and soon(lambda: not any(map(is_running, [*workers, *started])))
+        again = list(pool.each(tasks.Echo(), [(n,) for n in range(6)]))
+        assert [value for value, _, _ in again] == list(range(6))
+        workers = {process for _, process, _ in again}
+    assert soon(lambda: not any(map(is_running, [*workers, *started])))
+
+
+def test_what_a_task_needs_is_loaded_once(tasks: Any) -> None:
+    """By the process that the workers are copies of: each would load it again where it travels to each."""
+    with Pool(3) as pool:
+        results = list(pool.each(tasks.Warms(), [(0.1,)] * 6))
+    assert len({process for process, _ in results}) == 3
+    assert len({loader for _, loader in results}) == 1 and not {process for process, _ in results} & {results[0][1]}
 
 
 def test_no_process_is_started_for_nothing(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fullrank.data.pool._Worker", None)
+    monkeypatch.setattr("fullrank.data.pool._Family", None)
     with Pool(3) as pool:
         assert list(pool.each(tasks.Echo(), [])) == []
 
@@ -192,27 +215,42 @@ def test_no_process_outlives_the_pool(tasks: Any, started: list[int], ends: str)
     begun = time.monotonic()
     with contextlib.suppress(ZeroDivisionError), Pool(2) as pool:
         results = pool.each(tasks.Echo(), [(number, 20.0 if number > 5 else 0.05) for number in range(12)])
-        for _ in range(4):
-            next(results)
+        workers = {next(results)[1] for _ in range(4)}
         if ends == "in an error":
             raise ZeroDivisionError
-    assert soon(lambda: not any(map(is_running, started)))
+    assert soon(lambda: not any(map(is_running, [*workers, *started])))
     assert time.monotonic() - begun < 15  # nobody waits for work that is under way, or begins what was waiting
 
 
-@pytest.mark.parametrize("moment", ["at work", "as it is told what to do"])
-def test_a_process_whose_parent_is_gone_ends_without_a_word(tasks: Any, moment: str) -> None:
-    """Its words would stand in the terminal of someone who has just killed a run."""
-    message = pickle.dumps((1, tasks.Echo(), (5, 0.3)), protocol=pickle.HIGHEST_PROTOCOL)
-    with subprocess.Popen(
-        [sys.executable, "-m", "fullrank.data.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdin and process.stdout and process.stderr
+def test_processes_whose_parent_is_killed_end_without_a_word(tasks: Any, tmp_path: Path) -> None:
+    """Their words would stand in the terminal of someone who has just killed a run."""
+    script = """
+import os, pool_tasks
+from fullrank.data.pool import Pool
+with Pool(2) as pool:
+    for _, process, _ in pool.each(pool_tasks.Echo(), [(n, 0.3) for n in range(40)]):
+        print(process, flush=True)
+"""
+    errors = tmp_path / "errors"
+    with errors.open("wb") as told:
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=told, text=True)
+        assert process.stdout
+        workers = {int(process.stdout.readline()) for _ in range(4)}
+        process.kill()
+        process.wait()
         process.stdout.close()
-        process.stdin.write(message if moment == "at work" else message[: len(message) // 2])
-        process.stdin.close()
-        words = process.stderr.read().decode()
-    assert words == ("a library says 5\n" if moment == "at work" else "")
+    assert len(workers) == 2 and soon(lambda: not any(map(is_running, workers)))
+    time.sleep(0.3)  # the process they are copies of hears of it last
+    assert set(errors.read_text(encoding="utf-8").split()) <= {*"a library says".split(), *map(str, range(40))}
+
+
+@pytest.mark.parametrize("sent", [0.0, 0.5])
+def test_a_process_that_is_told_nothing_or_half_ends_without_a_word(tasks: Any, sent: float) -> None:
+    message = pickle.dumps((1, tasks.Echo()), protocol=pickle.HIGHEST_PROTOCOL)
+    found = subprocess.run(
+        [sys.executable, "-m", "fullrank.data.worker"], input=message[: int(len(message) * sent)], capture_output=True, check=True
+    )
+    assert found.stdout == found.stderr == b""
 
 
 def test_processes_are_lean_and_do_not_start_threads_of_their_own(tasks: Any) -> None:

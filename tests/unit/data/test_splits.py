@@ -468,7 +468,7 @@ def test_a_killed_process_costs_only_what_it_was_doing(everything: tuple[Path, W
 
     def killed_at_work(self: pool._Worker, *arguments: Any) -> Any:
         if next(count) == 6:
-            os.kill(self._process.pid, signal.SIGKILL)
+            os.killpg(self.family._process.pid, signal.SIGKILL)
         return do(self, *arguments)
 
     monkeypatch.setattr(pool._Worker, "do", killed_at_work)

@@ -136,6 +136,7 @@ def test_a_difference_before_the_first_use_is_avoided(description: str, monkeypa
 @needs_fastokens
 def test_a_difference_later_stops_the_work(description: str) -> None:
     batches, _ = encoder(description)
+    assert batches.is_fast  # the two have been tried
     exactly = batches._exactly
     batches._exactly = lambda text, add: exactly(text + "!", add)  # type: ignore[method-assign]
     with pytest.raises(FullrankError, match="encode a text differently with the tokenizer of tiny: 'text 0'") as raised:

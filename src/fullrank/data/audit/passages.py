@@ -27,6 +27,9 @@ class Look:
     def __init__(self, grams: Grams) -> None:
         self.grams = grams
 
+    def warm(self) -> None:
+        """There is nothing to load."""
+
     def run(self, block: Block, shard: Path) -> np.ndarray:
         """(2, hits): record, counted among those of the block's shard, and passage."""
         prepared = Shard(shard)
