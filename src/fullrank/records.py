@@ -111,7 +111,7 @@ class SplitCard(Record):
     """Examples left out as `too_long: drop` says."""
     truncated: int
     masked: dict[str, int]
-    """Texts replaced by placeholders, by kind."""
+    """Passages replaced by placeholders, by kind."""
 
 
 class TestCard(Record):

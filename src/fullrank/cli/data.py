@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,6 +51,9 @@ def register(app: typer.Typer) -> None:
             with Console(quiet_results=as_json) as console:
                 prepared = go(recipe, runs_dir, console.hear)
         if as_json:
+            from fullrank.report import data_page
+
+            data_page.write(prepared.run, recipe.recipe.data.audit.accept)
             print(json.dumps(prepared.as_json()))
         else:
             _print(prepared, recipe.recipe.data.audit.accept)
@@ -63,7 +67,7 @@ def register(app: typer.Typer) -> None:
         split: Annotated[str, typer.Option(help="train or validation.")] = "train",
         example: Annotated[list[int] | None, typer.Option(help="An example by its number, from 0; may be given again.")] = None,
         record: Annotated[str | None, typer.Option(help="The examples made from a record: its line, or file:line.")] = None,
-        count: Annotated[int, typer.Option(help="How many telling examples, when none is asked for.")] = 3,
+        count: Annotated[int, typer.Option(min=1, help="How many telling examples, when none is asked for.")] = 3,
         ids: Annotated[bool, typer.Option("--ids", help="Show the id of every token.")] = False,
         whole: Annotated[bool, typer.Option("--whole", help="Show long turns whole.")] = False,
         runs_dir: RunsDir = RUNS_DIR,
@@ -125,20 +129,24 @@ def _print(prepared: Prepared, accepted: Sequence[str]) -> None:
     from fullrank.cli import data_text
     from fullrank.records import TermsCard
     from fullrank.report import data_page
-    from fullrank.run import read_record
+    from fullrank.run import read_json_lines, read_record
 
     out = _out()
     page = data_page.write(prepared.run, accepted)
     read = data_page.read(prepared.run, accepted)
     folder = read.folder if read else ""
     out.print(data_text.card_text(prepared.card, folder=folder))
+    quarantine = prepared.run.data / "quarantine.jsonl"
+    reasons = Counter(str(row["reason"]) for row in read_json_lines(quarantine))
+    if reasons:
+        out.print(data_text.rejected_text(reasons, quarantine), soft_wrap=True)
     out.print()
     out.print(data_text.findings_text(prepared.audit, accepted=accepted, folder=folder))
     terms = read_record(prepared.run.data / "terms.json", TermsCard)
     if terms is not None:
         out.print()
         out.print(data_text.terms_text(terms))
-    out.print(f"\npage: {page}", soft_wrap=True, highlight=False)
+    out.print(f"\npage: {page}", soft_wrap=True, markup=False)
 
 
 def _out() -> RichConsole:

@@ -7,9 +7,11 @@ data can steer the terminal, for what is not seen is shown by its number (`[U+00
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size, split_graphemes
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -28,6 +30,7 @@ MOST_LINES = 12
 MOST_PLACES = 6
 """Of one finding."""
 MOST_TERMS = 15
+_TOLD_REASONS = 3
 
 _SUPERVISED_MARKS, _CONTROL_MARKS = ("⟦", "⟧"), ("‹", "›")
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -283,6 +286,15 @@ def card_text(card: DataCard, *, folder: str = "") -> RenderableType:
     return Group(records, Text(), examples, *mixes, *lines, *(Text(visible(note), "dim") for note in card.notes))
 
 
+def rejected_text(reasons: Counter[str], path: Path) -> RenderableType:
+    """Why records were rejected, the commonest reasons first, and where they are listed."""
+    most = [Text(f"  {count:,} x {visible(reason)}") for reason, count in reasons.most_common(_TOLD_REASONS)]
+    others = len(reasons) - len(most)
+    more = f"and {plural(others, 'reason')} more; " if others else ""
+    where = Text(f"  {more}each with its place in {path}")
+    return Group(Text(f"{plural(sum(reasons.values()), 'record')} rejected:"), *most, where)
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
@@ -311,7 +323,7 @@ def _losses(name: str, split: SplitCard) -> Iterator[str]:
     if split.truncated:
         yield f"{name}: {plural(split.truncated, 'example')} truncated to data.max_length"
     for kind, count in split.masked.items():
-        yield f"{name}: {plural(count, 'text')} masked: {visible(kind)}"
+        yield f"{name}: {plural(count, 'passage')} masked: {visible(kind)}"
 
 
 # ---- words of the domain --------------------------------------------------------------------------------------------
@@ -319,10 +331,11 @@ def _losses(name: str, split: SplitCard) -> Iterator[str]:
 
 def terms_text(terms: TermsCard) -> RenderableType:
     """What the tokenizer makes of the words of the domain: the terms that would gain most from a place in the vocabulary."""
+    inside = f"{terms.term_fertility:.2f} in {plural(terms.found, 'term')}, " if terms.found else ""
     said = Text(
-        f"{terms.fertility:.2f} tokens a word ({terms.term_fertility:.2f} in {plural(terms.found, 'term')}, "
-        f"{terms.ordinary_fertility:.2f} elsewhere), {terms.bytes_per_token:.2f} bytes a token; one token for each of the 10 "
-        f"best terms would save {terms.saved_by_10:.1f} tokens of 1,000, for all of them {terms.saved_by_all:.1f}"
+        f"{terms.fertility:.2f} tokens a word ({inside}{terms.ordinary_fertility:.2f} in other words of letters), "
+        f"{terms.bytes_per_token:.2f} bytes a token; one token for each of the 10 best terms would save "
+        f"{terms.saved_by_10:.1f} tokens of 1,000, for all of them {terms.saved_by_all:.1f}"
     )
     table = _table("term", "occurrences", "saved per 1,000", "split as")
     table.columns[-1].justify = "left"

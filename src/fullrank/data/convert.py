@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fullrank.data.parse import shortened
 from fullrank.data.sources import RawRecord, kind_of
 from fullrank.errors import DataError
 
@@ -127,8 +128,9 @@ def _form(record: RawRecord) -> Form:
     for question, answer in (columns for columns in _COLUMNS.values() if len(columns) == 2):
         if question in fields:
             problem = f"record without an answer: there is {question!r} but no {answer!r}"
+    found = ", ".join(shortened(name if name.isidentifier() else repr(name)) for name in list(fields)[:20]) or "none"
     raise DataError(
-        f"{record.origin}: {problem} (columns found: {', '.join(fields) or 'none'})",
+        f"{record.origin}: {problem} (columns found: {found}{', ...' if len(fields) > 20 else ''})",
         hint=f"a record has the columns of one form: {_FORMS_IN_WORDS}",
     )
 
@@ -194,7 +196,7 @@ def _messages(record: RawRecord, column: str) -> list[dict[str, Any]]:
         place = f"{record.origin}: {column}[{index}]"
         role = turn.get("role")
         if role not in ROLES:
-            found = "has no role" if role is None else f"unknown role {role!r}"
+            found = "has no role" if role is None else f"unknown role {shortened(repr(role))}"
             raise DataError(f"{place}: {found}; allowed: {', '.join(ROLES)}")
         calls = turn.get("tool_calls")
         if calls is not None and (role != "assistant" or not isinstance(calls, list)):
@@ -232,7 +234,7 @@ def _sharegpt(record: RawRecord) -> list[dict[str, Any]]:
         speaker, value = turn.get("from"), turn.get("value")
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            found = "has no `from`" if speaker is None else f"unknown speaker {speaker!r}"
+            found = "has no `from`" if speaker is None else f"unknown speaker {shortened(repr(speaker))}"
             raise DataError(f"{place}: {found}; allowed in `from`: {', '.join(SPEAKERS)}")
         if role == "assistant" and (value is None or (isinstance(value, str) and not value.strip())):
             raise DataError(f"{place}: record without an answer: the turn of {speaker!r} is empty")

@@ -104,6 +104,10 @@ class Facts:
         """Whether these are the sources."""
         return self.prepared is prepared
 
+    def shares(self, other: Facts) -> bool:
+        """Whether a record stands in both: a document in pieces, of which some are held out."""
+        return self.prepared is other.prepared and bool(np.isin(self._chosen, other._chosen).any())
+
     def has(self, name: str) -> bool:
         """Whether the fact was kept."""
         return all(name in shard for _, shard in self._shards())

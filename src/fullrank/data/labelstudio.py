@@ -256,6 +256,8 @@ def _decisions(task: dict[str, Any], name: int | str) -> Iterator[tuple[tuple[st
     if not isinstance(data, dict) or not all(
         isinstance(data.get(key), kind) for key, kind in (("path", str), ("line", int), ("digest", str))
     ):
+        if annotations is None and isinstance(task.get("data"), dict):
+            raise DataError(f"task {name}: it has no annotations: this is a task as it was written, not as it was exported")
         raise DataError(f"task {name}: it does not say which record it is about (path, line and digest in its data)")
     if not isinstance(annotations, list):  # JSON-MIN: an annotation, or a task without one
         if task.get("annotation_id") is not None:
@@ -403,6 +405,8 @@ def apply(rows: Iterable[Row], decisions: Iterable[Decision], out: Path) -> Appl
             for: up to `MOST_PROBLEMS` of them, each with its record and task.
         FitError: the disk is full.
     """
+    if out.suffix.lower() not in (".jsonl", ".ndjson"):
+        raise UsageError(f"{out}: what is written is JSON Lines", hint="give a name that ends in .jsonl")
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="give another name, or remove it first")
     waiting: dict[tuple[str, int], dict[str, Decision]] = {}

@@ -168,7 +168,12 @@ def _syntax_problem(error: json.JSONDecodeError, place: str) -> str:
     where = f"near {near!r}" if near else "where the text ends"
     if error.msg == "Extra data" and "\r" in error.doc[: error.pos]:
         where += "; a line ends with a line feed, a carriage return alone does not end it"
-    return f"not valid JSON: {error.msg[:1].lower()}{error.msg[1:]}{place}, {where}"
+    return f"not valid JSON: {_said(error)}{place}, {where}"
+
+
+def _said(error: json.JSONDecodeError) -> str:
+    """The parser's words without the `at` that some of them end in, since the place follows in words of its own."""
+    return (error.msg[:1].lower() + error.msg[1:]).removesuffix(" starting at").removesuffix(" at")
 
 
 def _nul_problem(raw: bytes) -> str | None:
@@ -379,7 +384,7 @@ def json_array(stream: Stream) -> Iterator[RawRecord | Reject]:
             length = len(error.doc[: error.pos].encode(errors="surrogateescape"))
             window.move_to(window.at + length)
             near = f"near {window.excerpt()!r}" if window.excerpt() else "where the text ends"
-            yield _end(window, f"not valid JSON: {error.msg[:1].lower()}{error.msg[1:]}, {near}")
+            yield _end(window, f"not valid JSON: {_said(error)}, {near}")
             return
         else:
             yield Reject(window.origin(), found)

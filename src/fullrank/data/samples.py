@@ -47,7 +47,10 @@ class Samples:
     # ---- which ------------------------------------------------------------------------------------------------------
 
     def telling(self, audit: Audit) -> list[int]:
-        """The first example, those of median, least and most tokens, one that was cut, and one of each kind of finding."""
+        """The first example, those of median, least and most tokens, one that was cut, and one of each kind of finding.
+
+        Records with secrets are shown on request only: what is chosen here goes onto a page that people hand on.
+        """
         if not len(self.store):
             return []
         order = np.argsort(self.store.lengths, kind="stable")
@@ -57,7 +60,14 @@ class Samples:
             places = (place for f in audit.findings if f.kind == kind for place in f.records if place.split == self.split)
             place = next(places, None)
             chosen += self.at(place.path, place.line)[:1] if place else []
-        return list(dict.fromkeys(chosen))
+        secret = {(p.path, p.line) for f in audit.findings if f.kind == "secret" for p in f.records}
+        return [number for number in dict.fromkeys(chosen) if self._place(number) not in secret]
+
+    def _place(self, number: int) -> tuple[str, int]:
+        """File and line of the record behind an example."""
+        which, within = self.store.examples[number]
+        place, facts = self.store.places[which], self.store.shard(int(which))
+        return place.path, place.first + int(facts["line"][facts["record"][within]])
 
     def _cut(self) -> list[int]:
         for number in range(len(self.store.places)):

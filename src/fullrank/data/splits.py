@@ -167,7 +167,8 @@ class Splits:
             chosen = [np.unique(records[side]) for side in (~held, held)]
             train = self._facts(self.train, chosen[0])
             validation = self._facts(self.train, chosen[1], name="validation")
-            held_out = self._write_split(self.train, validation, examples, inside, links)
+            # A document in pieces is read and used once, in training, whichever of its pieces are held out.
+            held_out = self._write_split(self.train, validation, examples, inside, links, is_counted=not train.shares(validation))
         else:
             train, validation = self._facts(self.train, None), self._facts(self.validation, None)
             theirs, _ = _examples_of(self.validation)
@@ -229,7 +230,14 @@ class Splits:
         return [mine[chosen] for mine, chosen in zip(positions, taken, strict=True)]
 
     def _write_split(
-        self, split: _Split, facts: Facts, examples: np.ndarray, by_source: list[np.ndarray], links: dict[Path, str]
+        self,
+        split: _Split,
+        facts: Facts,
+        examples: np.ndarray,
+        by_source: list[np.ndarray],
+        links: dict[Path, str],
+        *,
+        is_counted: bool = True,
     ) -> SplitCard:
         """Writes the index of a split's examples, given as positions in `examples` for each source, and counts them."""
         chosen = np.concatenate(by_source) if by_source else np.empty(0, np.int64)
@@ -245,6 +253,7 @@ class Splits:
         lengths, tokens = mine["tokens"], int(mine["tokens"].sum())
         supervised = int(mine["supervised"].sum())
         is_share = facts.name != split.name
+        used_of_source = facts.used() if is_counted else [0] * len(by_source)
         cards = [
             SourceCard(
                 name=source_name(split.items[number]),
@@ -257,7 +266,7 @@ class Splits:
                 examples_ratio=len(positions) / len(mine) if len(mine) else 0.0,
                 tokens_ratio=carried / tokens if tokens else 0.0,
             )
-            for number, (positions, used) in enumerate(zip(by_source, facts.used(), strict=True))
+            for number, (positions, used) in enumerate(zip(by_source, used_of_source, strict=True))
         ]
         some = len(lengths) > 0
         masked: Counter[str] = Counter()
@@ -344,24 +353,25 @@ class Splits:
         longest = settings_for(self.recipe, self.base, self.chat, is_test=False).limit.tokens
         plain = False
         for split in self.splits[:2]:
-            sums = {key: sum(notes[key] for notes in split.notes) for key in _SUMS}
             forms: Counter[str] = Counter()
             for facts in self.facts:
                 forms.update(facts.forms() if facts.of(split.prepared) else {})
-            masked: Counter[str] = Counter()
-            for found in split.notes:
-                masked.update(found["masked"])
             plain = plain or bool(forms["prompt_completion"] + forms["alpaca"])
             notes += [
-                f"{split.name}: {plural(forms[form], 'record')} converted from {word}"
+                f"data.{split.name}: {plural(forms[form], 'record')} converted from {word}"
                 for form, word in words.items()
                 if forms[form]
             ]
-            for key, happened in (("dropped", "dropped"), ("truncated", "truncated"), ("chunked", "cut into pieces")):
-                if sums[key]:
-                    what = "record" if key != "dropped" else "example"
-                    notes.append(f"{split.name}: {plural(sums[key], what)} longer than {longest} tokens {happened}")
-            notes += [f"{split.name}: {plural(count, 'text')} masked ({kind})" for kind, count in masked.items()]
+            if chunked := sum(found["chunked"] for found in split.notes):
+                notes.append(f"data.{split.name}: {plural(chunked, 'record')} longer than {longest} tokens cut into pieces")
+        for split in self.tests:
+            masked: Counter[str] = Counter()
+            for found in split.notes:
+                masked.update(found["masked"])
+            notes += [
+                f"test {split.name}: {plural(count, 'passage')} masked ({kind}), in prompts and in reference answers"
+                for kind, count in masked.items()
+            ]
         if plain and not self.chat.template:
             notes.append("the model has no chat template: prompt and completion are joined exactly as they are given")
         return notes

@@ -33,6 +33,8 @@ class Subject:
     """What stands before the last answer, roles left out, one text a line; empty for raw text."""
     answer: str
     """The last answer; the whole of raw text."""
+    tools: tuple[Part, ...] = ()
+    """The texts of the tools' schemas, looked at for secrets, hidden text and the like, and for nothing else."""
 
 
 def subject_of(example: Conversation | Pair | Document) -> Subject:
@@ -42,12 +44,13 @@ def subject_of(example: Conversation | Pair | Document) -> Subject:
             return Subject((Part("text", "document", text),), "", text)
         case Pair(prompt, completion):
             return Subject((Part("prompt", "user", prompt), Part("completion", "assistant", completion)), prompt, completion)
-        case Conversation(messages):
+        case Conversation(messages, tools):
             parts = tuple(_parts(messages))
             last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
             asked = [part.text for part in parts if int(part.place.split("[")[1].split("]")[0]) < last]
             answered = [part.text for part in parts if part.place.startswith(f"messages[{last}]")]
-            return Subject(parts, "\n".join(asked), "\n".join(answered))
+            schemas = tuple(Part(f"tools{below}", "system", text) for below, text in _texts(tools))
+            return Subject(parts, "\n".join(asked), "\n".join(answered), schemas)
 
 
 def _parts(messages: list[dict[str, Any]]) -> Iterator[Part]:

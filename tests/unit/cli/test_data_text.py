@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -295,7 +297,7 @@ def test_the_card_says_what_every_split_holds() -> None:
         ["b.jsonl", "1", "5,000", "10", "4,990", "0.250", "0.250"],
         ["train:", "7", "examples", "dropped,", "longer", "than", "data.max_length"],
         ["train:", "1", "example", "truncated", "to", "data.max_length"],
-        ["train:", "3", "texts", "masked:", "secret"],
+        ["train:", "3", "passages", "masked:", "secret"],
         ["a", "note"],
     ]
 
@@ -347,3 +349,15 @@ def test_terms_show_how_they_are_split() -> None:
     assert "Eigenmittel        1,200             4.50  ·E|⟨E1 83⟩|mittel" in lines
     assert lines.count(lines[5]) == data_text.MOST_TERMS
     assert lines[-2:] == ["and 25 more terms in data/terms.json", "1 term of the glossary not found in the data"]
+
+
+def test_rejected_records_are_told_with_the_commonest_reasons() -> None:
+    reasons = Counter({"no answer": 5, "not JSON": 7, "an \x1b[31m odd one": 1, "empty": 2})
+    told = printed(data_text.rejected_text(reasons, Path("runs/a/data/quarantine.jsonl")), 100).splitlines()
+    assert [line.strip() for line in told] == [
+        "15 records rejected:",
+        "7 x not JSON",
+        "5 x no answer",
+        "2 x empty",
+        "and 1 reason more; each with its place in runs/a/data/quarantine.jsonl",
+    ]

@@ -189,8 +189,9 @@ def test_telling_examples_are_the_extremes_and_one_of_each_kind_of_finding(case:
         sampled={},
     )
     assert order[-1] == 9  # the one that was cut is the longest
-    wanted = [0, order[6], 9, order[0], 4, 7]
-    assert found.telling(audit) == list(dict.fromkeys(wanted))
+    wanted = [0, order[6], 9, order[0], 7]
+    # What was chosen stands on a page that people hand on: records with secrets (lines 5 and 6) are not.
+    assert found.telling(audit) == [number for number in dict.fromkeys(wanted) if number not in (4, 5)]
     assert found.telling(NOTHING) == list(dict.fromkeys(wanted[:4]))
 
 

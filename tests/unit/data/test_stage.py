@@ -128,8 +128,8 @@ def test_other_forms_are_converted_aloud(case: Path) -> None:
     assert texts(run)[1] == "<|im_start|>user\nand the sky<|im_end|>\n<|im_start|>assistant\ngrey<|im_end|>\n"
     assert card.train.formats == {"alpaca": 1, "sharegpt": 1, "messages": 2}
     assert [note.partition(":")[0:3:2] for note in card.notes] == [
-        ("train", " 1 record converted from Alpaca: instruction and input became the user's turn, output the assistant's"),
-        ("train", " 1 record converted from ShareGPT: from/value became role/content"),
+        ("data.train", " 1 record converted from Alpaca: instruction and input became the user's turn, output the assistant's"),
+        ("data.train", " 1 record converted from ShareGPT: from/value became role/content"),
     ]
     assert [facts["words"] for facts in run.events("note")] == card.notes
 
@@ -197,7 +197,6 @@ def test_too_long_is_an_error_by_default(long_case: Path) -> None:
 def test_too_long_may_be_dropped(long_case: Path) -> None:
     card = staged(long_case, ["data.too_long=drop"]).data()
     assert (card.train.examples, card.train.dropped_too_long) == (3, 2)
-    assert "train: 2 examples longer than 128 tokens dropped" in card.notes
 
 
 def test_dropping_everything_is_refused(long_case: Path) -> None:
@@ -227,7 +226,7 @@ def test_only_raw_text_is_chunked(long_case: Path) -> None:
     assert second.ids[:16].tolist() == first.ids[-16:].tolist() and not second.supervised[:16].any()
     assert store.lengths[:-1].tolist() == [128] * (len(store) - 1) and 2 <= store.lengths[-1] <= 128
     assert {store.origin(n) for n in range(len(store))} == {f"{long_case.parent / 'train.jsonl'}:1"}
-    assert card.notes == ["train: 1 record longer than 128 tokens cut into pieces"]
+    assert card.notes == ["data.train: 1 record longer than 128 tokens cut into pieces"]
 
 
 # ---- doing it again -------------------------------------------------------------------------------------------------
@@ -301,3 +300,32 @@ def test_data_under_a_run_that_trains_are_not_replaced(case: Path) -> None:
         staged(case).data()
     assert "`name`" in caught.value.hint
     assert len(TokenStore(run.run.data / "train")) == 16
+
+
+def test_a_document_in_pieces_is_one_record(case: Path) -> None:
+    """Held out from its end: read once, no leak of itself, and no share of right answers to be known."""
+    (case.parent / "one.txt").write_text(" ".join(f"sentence {n} of the only document." for n in range(400)), encoding="utf-8")
+    run = staged(case, ["data.train=one.txt", "data.too_long=chunk", "data.validation.ratio=0.2", "data.test={}"])
+    card = run.data()
+    assert (card.train.read, card.train.used, card.validation.read, card.validation.used) == (1, 1, 0, 0)
+    assert card.validation.examples >= 1
+    audit = records.Audit.model_validate_json((run.run.data / "audit.json").read_text(encoding="utf-8"))
+    assert not [f for f in audit.findings if f.kind in ("leak", "exact_duplicate", "near_duplicate")]
+    assert not [f.what for f in audit.findings if "right answers" in f.what]
+
+
+def test_what_is_masked_in_tests_is_said(case: Path) -> None:
+    rows = [{"prompt": f"where to {n}", "completion": "Write to bob.miller@gmail.com"} for n in range(2)]
+    write_jsonl(case.parent / "mailed.jsonl", rows)
+    card = staged(case, ["data.test={mailed: mailed.jsonl}", "data.audit={mask: [personal_data]}"]).data()
+    assert "test mailed: 2 passages masked (personal_data), in prompts and in reference answers" in card.notes
+
+
+def test_conflicting_answers_with_secrets_are_not_quoted(case: Path) -> None:
+    key = "AKIA" + "4XQ7M2KD9RT6WZ3B"
+    rows = [{"prompt": f"the key of {n % 20}", "completion": (key, "none")[n // 20]} for n in range(40)]
+    write_jsonl(case.parent / "train.jsonl", rows)
+    run = staged(case, ["data.audit={accept: [secret]}"])
+    run.data()
+    text = (run.run.data / "audit.json").read_text(encoding="utf-8")
+    assert "different answers" in text and key not in text

@@ -359,7 +359,7 @@ def test_the_splits_and_the_mix_of_their_sources(run: Run) -> None:
     write_record(run.data / "card.json", card.model_copy(update={"train": train}))
     page = page_of(run)
     row = next(row for row in page.rows if row[0].startswith("train2 examples dropped"))
-    assert row[0] == "train2 examples dropped, too long1 example truncated4 texts masked: secret"
+    assert row[0] == "train2 examples dropped, too long1 example truncated4 passages masked: secret"
     assert row[1:5] == [f"{n:,}" for n in (train.read, train.used, 3, train.examples)]
     assert [row[:2] + row[6:7] for row in page.rows if row[0] in ("a.jsonl", "b.jsonl")] == [
         ["a.jsonl", "3", "0.750"],

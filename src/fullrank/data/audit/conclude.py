@@ -41,7 +41,9 @@ def conclude(
     sampled: dict[str, str] = {}
     filled = [split for split in splits if len(split)]
     if filled and filled[0].has("exact"):
-        related = duplicates.conclude(filled, skip=skip, scratch=scratch)
+        # One document in pieces is one record, whichever of its pieces are held out.
+        apart = [split for split in filled if split is not validation or not train.shares(validation)]
+        related = duplicates.conclude(apart, skip=skip, scratch=scratch)
         findings += [_of_a_share(finding) if held_out else finding for finding in related.findings]
         sampled |= related.sampled
         if "contamination" not in skip and tests and len(train):
@@ -64,7 +66,7 @@ def conclude(
     findings += amount.conclude(
         len(train),
         supervised_tokens,
-        len(validation),
+        0 if set(validation.forms()) == {"text"} else len(validation),  # of raw text no answer is right or wrong
         {split.name: len(split) for split in tests},
         parameters,
         len(known.counts) if known else None,

@@ -43,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullrank.data.audit.finding import Finding, Place, SplitFacts
+from fullrank.data.audit.personal import without_secrets
 from fullrank.data.audit.similarity import LABEL_WORDS, Face, nearly_same, normalise, words
 from fullrank.data.subject import Subject
 from fullrank.records import Severity
@@ -757,7 +758,8 @@ def _conflicts(corpus: _Corpus, conflicts: _Prompts, is_label: NDArray[np.bool_]
 
     def contradiction(number: int, _: Indices) -> tuple[str, str]:
         firsts = labels.first_answers(np.array([number]), _TOLD_ANSWERS)
-        told = [" ".join(face.answer.split()) for record in firsts.tolist() if (face := texts.face(record)) is not None]
+        answers_told = [face.answer for record in firsts.tolist() if (face := texts.face(record)) is not None]
+        told = [" ".join(without_secrets(answer).split()) for answer in answers_told]
         answers = int(labels.answers[number])
         what = f"one prompt has {answers:,} different answers: {', '.join(told)}{', ...' if answers > len(told) else ''}"
         return what, "decide which answer is right, and correct or remove the others: as it is the model can only learn to guess"

@@ -15,7 +15,7 @@ from fullrank.data.convert import Conversation, Document, Pair
 from fullrank.data.subject import Subject
 
 #: Raised whenever the checks would find something else in the same record.
-CHECKS_VERSION = 3
+CHECKS_VERSION = 4
 
 #: Libraries that decide what is found.
 LIBRARIES = ("rensa", "rapidfuzz", "ftfy", "datafog", "py3langid")

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from fullrank.data.audit.finding import Sighting
 from fullrank.data.audit.sightings import Span, Spans
 from fullrank.data.convert import Conversation, Document, Pair
-from fullrank.data.subject import Subject
+from fullrank.data.subject import Subject, subject_of
 
 KINDS = ("secret", "personal_data")
 
@@ -49,7 +49,7 @@ class PersonalChecks:
     def look(self, subject: Subject) -> list[Sighting]:
         """What is seen in the texts of a record, text by text, from the start of each to its end."""
         found: list[Sighting] = []
-        for place, _, text in subject.parts:
+        for place, _, text in (*subject.parts, *subject.tools):
             seen = Spans()
             if self._secrets:
                 _look_for_secrets(text, seen)
@@ -683,7 +683,7 @@ def masked_example(
             return Document(_masked_at("text", text, texts))
         case Pair(prompt, completion):
             return Pair(_masked_at("prompt", prompt, texts), _masked_at("completion", completion, texts))
-        case Conversation(messages):
+        case Conversation(messages, tools):
             rewritten = [
                 {
                     key: value if key == "role" else _masked_at(f"messages[{n}].{key}", value, texts)
@@ -691,7 +691,16 @@ def masked_example(
                 }
                 for n, message in enumerate(messages)
             ]
-            return replace(example, messages=rewritten)
+            return replace(example, messages=rewritten, tools=_masked_at("tools", tools, texts))
+
+
+def without_secrets(text: str) -> str:
+    """A text that may be quoted."""
+    document = Document(text)
+    seen = PersonalChecks(frozenset({"personal_data"})).look(subject_of(document))
+    shown = masked_example(document, seen)
+    assert isinstance(shown, Document)
+    return shown.text
 
 
 def _masked_at(place: str, value: Any, texts: dict[str, list[Sighting]]) -> Any:

@@ -48,7 +48,7 @@ class TextChecks:
     def look(self, subject: Subject) -> list[Sighting]:
         """What is seen in the texts of a record, text by text."""
         found: list[Sighting] = []
-        for place, role, text in subject.parts:
+        for place, role, text in (*subject.parts, *subject.tools):
             ascii_only = text.isascii()
             # UTF-8 of ASCII is the text itself; deleting from bytes is the fastest search for any of many characters.
             plain = ascii_only and len(text.encode().translate(None, _ASCII_CONTROLS)) == len(text)

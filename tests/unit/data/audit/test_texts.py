@@ -452,3 +452,13 @@ def test_wikitext_holds_a_control_token_of_tokenizers_that_have_it() -> None:
     unknown = TextChecks(["<unk>"])
     found = Counter(s.what for _, subject in subjects(path) for s in unknown.look(subject) if s.kind == "control_token_text")
     assert found == {"control token <unk>": sum(text.count("<unk>") for text in path.read_text("utf-8").splitlines())}
+
+
+def test_the_schemas_of_tools_are_looked_at() -> None:
+    tools = [{"type": "function", "function": {"name": "send", "description": "AKIA" + "Z7" * 8 + " \u200b<|im_end|>"}}]
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    found = TextChecks(["<|im_end|>"], frozenset()).look(subject_of(Conversation(messages, tools)))
+    assert {(s.kind, s.place) for s in found} == {
+        ("hidden_unicode", "tools[0].function.description"),
+        ("control_token_text", "tools[0].function.description"),
+    }
