@@ -27,7 +27,7 @@ CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
 WINDOW = 8
 
 #: Families whose packed rows, losses and gradients are compared with transformers.
-FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "mistral", "qwen3_moe")
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "mistral", "phi", "qwen3_moe")
 
 _LINES = [
     "the bank holds less capital than the ratio asks for",
@@ -100,6 +100,30 @@ def config(family: str, vocabulary: int, **changes: Any) -> Any:
                 **changes,
             }
         ),
+        # capped scores and logits, and caps low enough that they bend
+        "gemma2": lambda: transformers.Gemma2Config(
+            **{
+                **common,
+                "tie_word_embeddings": True,
+                "sliding_window": WINDOW,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "query_pre_attn_scalar": 8,
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 3.0,
+                **changes,
+            }
+        ),
+        # biases everywhere, the head's included; norms with means; a part of each head rotated
+        "phi": lambda: transformers.PhiConfig(
+            **{
+                **{key: value for key, value in common.items() if key != "head_dim"},
+                "partial_rotary_factor": 0.5,
+                "resid_pdrop": 0.0,
+                "embd_pdrop": 0.0,
+                "attention_dropout": 0.0,
+                **changes,
+            }
+        ),
         "mistral": lambda: transformers.MistralConfig(**{**common, "sliding_window": WINDOW, **changes}),
         "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
             **{**common, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, **changes}
@@ -135,7 +159,9 @@ def model(family: str, *, seed: int = 0, vocabulary: int | None = None, **change
 
     size = len(tokenizer()) if vocabulary is None else vocabulary
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(config(family, size, **changes), attn_implementation="sdpa")
+    made = AutoModelForCausalLM.from_config(
+        config(family, size, **changes), attn_implementation="eager" if family == "gemma2" else "sdpa"
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim < 2:

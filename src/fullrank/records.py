@@ -350,7 +350,9 @@ class Plan(StageRecord):
     steps_per_epoch: int
     warmup_steps: int
     train_tokens: int
-    """Tokens passed through the model over all steps."""
+    """Tokens of the examples over all steps, without those that influence no loss."""
+    shared_ratio: float
+    """Share of them that are not computed, because examples of a row begin alike; over the first steps."""
     micro_batch_tokens: int
     """Most tokens one flat row holds."""
     recompute: Literal["none", "block"]
@@ -402,6 +404,8 @@ class TrainCard(StageRecord):
     """The step whose weights were exported: the lowest validation loss."""
     examples_seen: int
     tokens_seen: int
+    computed_tokens_seen: int
+    """Tokens passed through the model: fewer where examples of a row begin alike."""
     supervised_tokens_seen: int
     validation_loss_before: float
     validation_loss_best: float
@@ -412,6 +416,10 @@ class TrainCard(StageRecord):
     """Tokens trained over the seconds of the optimizer steps alone."""
     packed: bool
     """Examples share flat rows (the self-test passed); otherwise one example a row."""
+    shared: bool
+    """What examples of a row begin with alike is computed once."""
+    layout_note: str
+    """Why examples do not share rows or beginnings; empty where they do."""
     device_peak_bytes: int | None
     resumed_from_steps: list[int]
     proof: Proof
@@ -479,6 +487,9 @@ class StepRow(Record):
     """Global, before clipping."""
     examples: int
     tokens: int
+    """Of the examples, before the last that carries loss: what follows influences nothing."""
+    computed_tokens: int
+    """Tokens passed through the model: fewer where examples of a row begin alike."""
     supervised_tokens: int
     seconds: float
     memory_bytes: int

@@ -14,6 +14,7 @@ CURVE = Path(__file__).with_name("llama-20-steps.txt")
 
 def curve(folder: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of 20 steps of a tiny llama on tiny conversations; everything is fixed by seeds."""
+    from fullrank.models.rows import RowModel
     from fullrank.parallel.single import SingleDevice
     from fullrank.recipe import Train
     from fullrank.sequences.chat import ChatRenderer
@@ -25,8 +26,8 @@ def curve(folder: Path) -> list[tuple[float, float]]:
     store = tiny.write_store(folder, [renderer.examples(row["messages"])[0] for row in tiny.chat_rows(40)])
     train = Train.model_validate({"epochs": 4, "global_batch_size": 8, "precision": "fp32", "optimizer": {"learning_rate": 1e-3}})
     order = Order(len(store), train.global_batch_size, train.epochs, train.seed)
-    engine = SingleDevice(tiny.model("llama"), train, recompute="none")
-    done = steps(engine, store, order, train, Layout(200, packed=True), first=1)
+    engine = SingleDevice(RowModel(tiny.model("llama"), adds_gradients=True), train, recompute="none")
+    done = steps(engine, store, order, train, Layout(200, packed=True, shared=True), first=1)
     return [(step.row.loss, step.row.grad_norm) for step in done]
 
 

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fullrank.generation.likelihood import example_losses
+from fullrank.models.rows import RowModel
 from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Train
 from fullrank.sequences.chat import Tokens
@@ -34,11 +36,20 @@ from fullrank.sequences.store import TokenStore
 from fullrank.train.loop import Layout, validation_loss
 
 VOCABULARY = 300
-#: Longer and shorter than the sliding window, one without a prompt, one without a supervised token that has a predecessor.
+_PROMPT = [int(n) for n in np.random.default_rng(4).integers(VOCABULARY, size=2 * tiny.WINDOW)]
+#: Longer and shorter than the sliding window, one without a prompt, one without a supervised token that has a predecessor; and a
+#: family that begins alike: one prompt with answers of which two begin alike, an answer that another goes on from, one there
+#: twice, and one whose supervised tokens are another's context.
 EXAMPLES = [
     *tiny.random_tokens(7, vocabulary=VOCABULARY, seed=3, longest=4 * tiny.WINDOW),
     Tokens(list(range(40, 40 + 3 * tiny.WINDOW)), [True] * 3 * tiny.WINDOW),
     Tokens([7, 8, 9], [True, False, False]),
+    Tokens([5, VOCABULARY - 1, 6, VOCABULARY - 1], [False, True, True, True]),  # a token that is the padding's as well
+    *(
+        Tokens(_PROMPT + answer, [False] * len(_PROMPT) + [True] * len(answer))
+        for answer in ([11, 12, 13, 14, 15, 16, 17], [11, 12, 13, 14, 18], [21, 22], [21, 22, 23, 24], [21, 22], [31])
+    ),
+    Tokens([*_PROMPT, 11, 12, 13, 14, 15, 19], [True] * 5 + [False] * (len(_PROMPT) - 5) + [False] * 5 + [True]),
 ]
 BUDGETS = (1, 24, 50, 10_000)
 
@@ -105,10 +116,12 @@ def reference(family: str) -> Reference:
         return Reference(float(total), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-def step_of(model: Any, store: TokenStore, budget: int, *, packed: bool, recompute: str) -> Reference:
+def step_of(model: Any, store: TokenStore, budget: int, *, layout: str, recompute: str) -> Reference:
     """Loss and gradients of one step of the engine, read as the optimizer sees them."""
-    engine = SingleDevice(model, Train(max_grad_norm=None, precision="fp32"), recompute=recompute)
-    rows = micro_batches(store, range(len(store)), budget, packed=packed)
+    engine = SingleDevice(RowModel(model, adds_gradients=True), Train(max_grad_norm=None, precision="fp32"), recompute=recompute)
+    assert engine.rows.packs and engine.rows.shares, engine.rows.why
+    rows = micro_batches(store, range(len(store)), budget, packed=layout != "alone", shared=layout == "shared")
+    assert (sum(row.tokens for row in rows) < sum(row.separate_tokens for row in rows)) == (layout == "shared" and budget > 1)
     gradients: dict[str, torch.Tensor] = {}
 
     def read(*_: Any) -> None:
@@ -132,42 +145,40 @@ def check(found: Reference, wanted: Reference, *, loss: float, gradient: float) 
         assert distance <= gradient * max(float(theirs.double().norm()), 1e-3 * everything), name
 
 
-def grid(cases: Sequence[tuple[int, bool, str]], *, slow: bool) -> list[Any]:
+def grid(cases: Sequence[tuple[int, str, str]], *, slow: bool) -> list[Any]:
     marks = [pytest.mark.slow] if slow else []
-    return [
-        pytest.param(*case, marks=marks, id=f"budget {case[0]}-{'packed' if case[1] else 'alone'}-recompute {case[2]}")
-        for case in cases
-    ]
+    return [pytest.param(*case, marks=marks, id=f"budget {case[0]}-{case[1]}-recompute {case[2]}") for case in cases]
 
 
-_FULL = [(budget, packed, recompute) for budget in BUDGETS for packed in (True, False) for recompute in ("none", "block")]
-_QUICK = [(50, True, "none"), (10_000, True, "block"), (10_000, False, "none")]
+_LAYOUTS = ("shared", "packed", "alone")
+_FULL = [(budget, layout, recompute) for budget in BUDGETS for layout in _LAYOUTS for recompute in ("none", "block")]
+_QUICK = [(50, "shared", "none"), (10_000, "shared", "block"), (50, "packed", "none"), (10_000, "alone", "none")]
 CASES = grid(_QUICK, slow=False) + grid([case for case in _FULL if case not in _QUICK], slow=True)
 
 
-@pytest.mark.parametrize(("budget", "packed", "recompute"), CASES)
+@pytest.mark.parametrize(("budget", "layout", "recompute"), CASES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_step_in_fp32_is_its_examples_one_at_a_time(
-    tmp_path: Path, family: str, budget: int, packed: bool, recompute: str
+    tmp_path: Path, family: str, budget: int, layout: str, recompute: str
 ) -> None:
     store = tiny.write_store(tmp_path, EXAMPLES)
-    found = step_of(model_of(family), store, budget, packed=packed, recompute=recompute)
+    found = step_of(model_of(family), store, budget, layout=layout, recompute=recompute)
     check(found, reference(family), loss=1e-6, gradient=1e-5)
 
 
-@pytest.mark.parametrize(("budget", "packed", "recompute"), CASES)
+@pytest.mark.parametrize(("budget", "layout", "recompute"), CASES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_step_in_float64_is_its_examples_one_at_a_time(
-    tmp_path: Path, family: str, budget: int, packed: bool, recompute: str
+    tmp_path: Path, family: str, budget: int, layout: str, recompute: str
 ) -> None:
     store = tiny.write_store(tmp_path, EXAMPLES)
     model = doubled(model_of(family))
     with everything_double():
-        found = step_of(model, store, budget, packed=packed, recompute=recompute)
+        found = step_of(model, store, budget, layout=layout, recompute=recompute)
     check(found, reference(family), loss=1e-12, gradient=1e-12)
 
 
-@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f in ("mistral", "gemma3")])
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f in ("mistral", "gemma2", "gemma3")])
 def test_the_examples_reach_beyond_the_sliding_window(family: str) -> None:
     # Without a window the same weights come to another loss, so a window lost in packing could not pass above.
     ids_1T = torch.tensor([EXAMPLES[7].ids])
@@ -183,20 +194,20 @@ def test_a_step_does_not_weigh_examples_alike_but_tokens() -> None:
     assert len(set(counts)) > 3
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_validation_loss_is_the_same_law_whatever_the_budget(tmp_path: Path, family: str, packed: bool) -> None:
+def test_validation_loss_is_the_same_law_whatever_the_budget(tmp_path: Path, family: str, layout: str) -> None:
     store = tiny.write_store(tmp_path, EXAMPLES)
-    engine = SingleDevice(model_of(family), Train(precision="fp32"), recompute="none")
+    engine = SingleDevice(RowModel(model_of(family), adds_gradients=True), Train(precision="fp32"), recompute="none")
     for budget in BUDGETS:
-        found = validation_loss(engine, store, Layout(budget, packed))
+        found = validation_loss(engine, store, Layout(budget, layout != "alone", layout == "shared"))
         assert found == pytest.approx(reference(family).loss, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_likelihoods_of_examples_add_up_to_the_law(tmp_path: Path, family: str) -> None:
     store = tiny.write_store(tmp_path, EXAMPLES)
-    found = list(example_losses(model_of(family), store, 50, packed=True))
+    found = list(example_losses(model_of(family), store, 50))
     assert sorted(example for example, _, _ in found) == list(range(len(EXAMPLES)))
     total = sum(loss for _, loss, _ in found) / sum(count for _, _, count in found)
     assert total == pytest.approx(reference(family).loss, rel=1e-6, abs=0)

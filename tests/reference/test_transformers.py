@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 
+from fullrank.models.rows import RowModel
 from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Train
 from fullrank.sequences.chat import ChatRenderer, Tokens
@@ -72,8 +73,8 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path: Path, family: str) -> None:
         }
     )
     order = Order(len(store), BATCH, 1, seed=5)
-    engine = SingleDevice(ours, train, recompute="none")
-    found = list(steps(engine, store, order, train, Layout(150, packed=True), first=1))
+    engine = SingleDevice(RowModel(ours, adds_gradients=True), train, recompute="none")
+    found = list(steps(engine, store, order, train, Layout(150, packed=True, shared=True), first=1))
 
     batches = [order.step(n).tolist() for n in range(1, 9)]
     assert sorted(n for batch in batches for n in batch) == list(range(30))

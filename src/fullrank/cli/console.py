@@ -215,6 +215,7 @@ def plan_text(plan: Plan) -> str:
         f"  {plan.examples:,} examples, {plan.steps:,} steps ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} of warmup), "
         f"{format_count(plan.train_tokens)} tokens",
         f"  rows of {plan.micro_batch_tokens} tokens"
+        + (f", ratio {plan.shared_ratio:.2f} of the tokens shared and computed once" if plan.shared_ratio >= 0.005 else "")
         + (", blocks recomputed in the backward pass" if plan.recompute == "block" else ""),
         *(f"  {line.part:<12}{format_bytes(line.bytes):>9}   {line.formula}" for line in plan.ledger),
         f"  {'peak':<12}{format_bytes(plan.peak_bytes_predicted):>9}   "

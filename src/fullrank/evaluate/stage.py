@@ -61,7 +61,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
     """
     data = need_record(run.data / "card.json", DataCard, "train")
     plan = need_record(run.plan_path, Plan, "train")
-    trained = need_record(run.train / "card.json", TrainCard, "train")
+    need_record(run.train / "card.json", TrainCard, "train")
     current = _fingerprint(recipe, run, data, base)
     card = read_record(run.evaluate / "card.json", EvaluationCard)
     if card and card.fingerprint == current:
@@ -69,7 +69,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
         return card
     run.tell("started", stage="evaluate")
     with Meter() as meter, new_folder(run.evaluate) as folder:
-        evaluation = _Evaluation(recipe, run, base, plan, stop_ids=data.stop_ids, packed=trained.packed)
+        evaluation = _Evaluation(recipe, run, base, plan, stop_ids=data.stop_ids)
         measured = {who: evaluation.measure(who) for who in _WHO}
         tests = {name: _compare({who: measured[who][name] for who in _WHO}) for name in measured["tuned"]}
         for who in _WHO:
@@ -137,10 +137,10 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
 class _Evaluation:
     """What is the same for both models: items, template, decoding."""
 
-    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, *, stop_ids: list[int], packed: bool) -> None:
+    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, *, stop_ids: list[int]) -> None:
         self.recipe, self.run, self.base, self.stop_ids = recipe, run, base, stop_ids
         self.device = devices.choose(plan.machine.device)
-        self.layout = {"budget_tokens": plan.micro_batch_tokens, "packed": packed}
+        self.budget_tokens = plan.micro_batch_tokens
         self.tokenizer = load_tokenizer(run.model)  # as training had it, its chat template included
         self.renderer = ChatRenderer(self.tokenizer, recipe.data.template_date, recipe.model.source)
         self.items = {name: _test_items(recipe, run, name) for name in recipe.data.test}
@@ -156,7 +156,7 @@ class _Evaluation:
     def _validation(self, model: PreTrainedModel, who: Who) -> dict[str, Items]:
         self.run.show("measuring", who=who, test=VALIDATION)
         store = TokenStore(self.run.data / "validation")
-        losses = sorted(example_losses(model, store, **self.layout))  # type: ignore[arg-type]
+        losses = sorted(example_losses(model, store, self.budget_tokens))
         return metrics.loss_items([loss for _, loss, _ in losses], [tokens for _, _, tokens in losses])
 
     def _test(self, model: PreTrainedModel, who: Who, name: str, items: list[TestItem]) -> _Measured:

@@ -9,24 +9,26 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from transformers import PreTrainedModel
 
+from fullrank.models.rows import RowModel
 from fullrank.optim.adamw import adamw
 from fullrank.parallel.engine import EngineState, StepOutcome
 from fullrank.recipe import Train
 from fullrank.sequences.layout import MicroBatch
-from fullrank.sequences.loss import row_loss, token_losses
+from fullrank.sequences.loss import add_gradients, token_losses
 
 
 class SingleDevice:
     """See `fullrank.parallel.engine.Engine` for what is promised.
 
     Args:
-        model: fp32 weights on the device.
+        rows: the model, fp32 weights on the device, as it takes rows.
         train: the recipe's training section, `precision` resolved.
         recompute: `block` recomputes each transformer block's activations in the backward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, train: Train, *, recompute: str) -> None:
-        self.model = model
+    def __init__(self, rows: RowModel, train: Train, *, recompute: str) -> None:
+        self.rows = rows
+        self.model = model = rows.model
         self.device = next(model.parameters()).device
         self._max_grad_norm = train.max_grad_norm
         self._precision = train.precision
@@ -43,13 +45,11 @@ class SingleDevice:
         torch.manual_seed(seed)  # dropout is a function of the step, so there is no generator state to save
         loss = torch.zeros((), device=self.device)
         try:
-            for batch in micro_batches:
-                if batch.supervised_tokens == 0:
-                    continue
-                with self._compute_type():
-                    share = row_loss(self.model, batch.to(self.device), supervised_tokens)
-                share.backward()
-                loss += share.detach()
+            with self.rows.ready():
+                for batch in micro_batches:
+                    if batch.supervised_tokens:
+                        with self._compute_type():
+                            loss += add_gradients(self.rows, batch.to(self.device), supervised_tokens)
             return self._update(loss, learning_rate)
         finally:
             self._optimizer.zero_grad(set_to_none=True)
@@ -75,8 +75,9 @@ class SingleDevice:
     def losses(self, micro_batches: Iterable[MicroBatch]) -> Iterator[torch.Tensor]:
         self.model.eval()
         for batch in micro_batches:
-            with torch.no_grad(), self._compute_type():
-                yield token_losses(self.model, batch.to(self.device))
+            with self.rows.ready(), self._compute_type():
+                losses_S = token_losses(self.rows, batch.to(self.device))
+            yield losses_S
 
     def _compute_type(self) -> contextlib.AbstractContextManager[object]:
         if self._precision == "bf16-mixed":

@@ -1,9 +1,9 @@
 """The memory ledger: what a training step holds at its peak, part by part, each with its formula.
 
-Letters: N parameters, T tokens of the largest row, S its supervised tokens, L layers, h hidden size, q = heads x head size,
-i intermediate size, V vocabulary, b bytes of a number (4 in fp32). The activation formula counts the tensors that autograd keeps
-for a block of a present-day decoder (two norms, attention with expanded keys and values, a gated MLP); other blocks keep about as
-much. It is an estimate, and the report sets it against the measured peak.
+Letters: N parameters, T tokens of the largest row, C predictions whose logits exist at once, L layers, h hidden size, q = heads x
+head size, k = key-value heads x head size, i intermediate size, V vocabulary, b bytes of a number (4 in fp32). The activation
+formula counts the tensors that autograd keeps for a block of a present-day decoder (two norms, attention, a gated MLP); other
+blocks keep about as much. It is an estimate, and the report sets it against the measured peak.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fullrank.records import LedgerLine, ModelFacts
+from fullrank.sequences.head import chunk_size
 from fullrank.units import format_bytes
 
 Recompute = Literal["none", "block"]
 
-# Floats kept per token and block. Norms: input, normalised and scaled hidden state, twice: 6h. Attention: query, key and value
-# after expansion, output, and the output once more as the projection's input: 5q. Gated MLP: gate, its activation, up and
-# product: 4i.
-_HIDDEN, _ATTENTION, _MLP = 6, 5, 4
+# Floats kept per token and block, as multiples of h, q, k and i.
+#: By `fullrank.models.ops`. Norms: input and output, twice: 4h. Attention: query and output: 2q; key and value: 2k. Gated MLP:
+#: gate, up and product: 3i.
+_TUNED = (4, 2, 2, 3)
+#: By the model's own modules. Norms: input, normalised and scaled, twice: 6h. Attention: query, key and value after expansion,
+#: output, and the output once more as the projection's input: 5q. Gated MLP: gate, its activation, up and product: 4i.
+_PLAIN = (6, 5, 0, 4)
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,18 @@ class Row:
     """The largest micro-batch."""
 
     tokens: int
-    supervised_tokens: int
+    predictions: int
+    """Distinct ones that carry loss."""
 
 
-def block_activation_bytes(model: ModelFacts, tokens: int, number_bytes: int) -> int:
+def block_activation_bytes(model: ModelFacts, tokens: int, number_bytes: int, *, tuned: bool) -> int:
     """Bytes autograd keeps for one block."""
-    floats = _HIDDEN * model.hidden_size + _ATTENTION * model.heads * model.head_dim + _MLP * model.intermediate_size
-    return number_bytes * tokens * floats
+    widths = (model.hidden_size, model.heads * model.head_dim, model.key_value_heads * model.head_dim, model.intermediate_size)
+    return number_bytes * tokens * sum(times * width for times, width in zip(_TUNED if tuned else _PLAIN, widths, strict=True))
 
 
 def ledger(
-    model: ModelFacts, row: Row, *, precision: str, recompute: Recompute, process_bytes: int, eager: bool
+    model: ModelFacts, row: Row, *, precision: str, recompute: Recompute, process_bytes: int, eager: bool, device: str
 ) -> list[LedgerLine]:
     """The parts of the peak.
 
@@ -48,29 +53,38 @@ def ledger(
         recompute: whether blocks are recomputed in the backward pass.
         process_bytes: what the process holds before the model (interpreter and libraries), measured.
         eager: attention that materialises its scores (heads x T x T).
+        device: on a CPU modules are tuned (`fullrank.models.tuned`) and attention goes block by block.
     """
+    tuned = device == "cpu" and precision == "fp32"
+    kept = " + ".join(f"{times}{letter}" for times, letter in zip(_TUNED if tuned else _PLAIN, "hqki", strict=True) if times)
     n, tokens = model.parameters, row.tokens
     number = 2 if precision == "bf16-mixed" else 4
     b = f"{number} B"
-    block = block_activation_bytes(model, tokens, number)
+    block = block_activation_bytes(model, tokens, number, tuned=tuned)
     scores = 3 * number * model.heads * tokens * tokens if eager else 0  # scores, their softmax, and it in the compute type
     if recompute == "none":
         activations = model.layers * (block + scores)
-        how = f"L x T x ({_HIDDEN}h + {_ATTENTION}q + {_MLP}i) x {b}"
+        how = f"L x T x ({kept}) x {b}"
     else:
         activations = model.layers * number * tokens * model.hidden_size + block + scores
-        how = f"(L x T x h + T x ({_HIDDEN}h + {_ATTENTION}q + {_MLP}i)) x {b}"
+        how = f"(L x T x h + T x ({kept})) x {b}"
     casts = 2 * n if precision == "bf16-mixed" else 0  # autocast keeps a bf16 copy of every matrix through the step
-    logits = row.supervised_tokens * model.vocabulary * (12 if number == 4 else 14)
-    return [
+    chunk = min(row.predictions, chunk_size(model.vocabulary))
+    logits = chunk * model.vocabulary * (8 if number == 4 else 10)
+    lines = [
         LedgerLine(part="process", bytes=process_bytes, formula="measured before the model is loaded"),
         LedgerLine(part="weights", bytes=4 * n + casts, formula="N x 4 B" + (" + N x 2 B of bf16 casts" if casts else "")),
         LedgerLine(part="gradients", bytes=4 * n, formula="N x 4 B"),
         LedgerLine(part="optimizer", bytes=8 * n, formula="N x 8 B (two fp32 moments)"),
         LedgerLine(part="activations", bytes=activations, formula=how + (f" + 3 x heads x T^2 x {b} of scores" if eager else "")),
-        LedgerLine(part="logits", bytes=logits, formula=f"S x V x {12 if number == 4 else 14} B (logits, log-softmax, gradient)"),
-        LedgerLine(part="mask", bytes=tokens * tokens, formula="T x T x 1 B"),
+        LedgerLine(part="logits", bytes=logits, formula=f"C x V x {8 if number == 4 else 10} B (logits, then their gradient)"),
     ]
+    if not tuned:
+        head = 4 * model.vocabulary * model.hidden_size
+        lines.append(LedgerLine(part="head", bytes=head, formula="V x h x 4 B (a row's gradient, before it is added)"))
+    if eager or device != "cpu":
+        lines.append(LedgerLine(part="mask", bytes=tokens * tokens, formula="T x T x 1 B"))
+    return lines
 
 
 def total(lines: list[LedgerLine]) -> int:

@@ -16,10 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fullrank.models.load import attention_for
+from fullrank.models.rows import RowModel
 from fullrank.parallel import device as devices
 from fullrank.records import ModelFacts
 from fullrank.sequences.layout import MicroBatch
-from fullrank.sequences.loss import row_loss
+from fullrank.sequences.loss import add_gradients, token_losses
 
 #: The measurement may take at most this share of the memory a plan may use.
 _MEMORY_SHARE = 0.5
@@ -72,18 +73,15 @@ def _time_blocks(
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention_for(small))
     model.train()
-    row = row.to(device)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
-            return row_loss(model, row, row.supervised_tokens)
+    rows, row = RowModel(model, adds_gradients=True), row.to(device)
 
     def forward_only() -> None:
-        with torch.no_grad():
-            forward()
+        with rows.ready(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+            token_losses(rows, row)
 
     def forward_backward() -> None:
-        forward().backward()
+        with rows.ready(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+            add_gradients(rows, row, row.supervised_tokens)
         model.zero_grad(set_to_none=True)
 
     return _fastest(forward_only, device), _fastest(forward_backward, device)

@@ -25,7 +25,7 @@ from fullrank.plan.memory import Recompute, Row
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, LedgerLine, MachineFacts, Plan
 from fullrank.run import Run, fingerprint, need_record, read_record, write_record
-from fullrank.sequences.layout import MicroBatch, micro_batches
+from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 from fullrank.units import format_bytes
@@ -116,6 +116,7 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
         filter(None, (_memory_refusal(choice, machine, base, recipe, store), _disk_refusal(disk_bytes, machine, run)))
     )
     train_tokens = sum(_step_tokens(store, order))
+    shared_ratio = _shared_ratio(store, order, choice.budget_tokens)
     seconds, basis = 0.0, "not estimated: it does not fit"
     if not refusal:
         row = _typical_row(store, order, choice.budget_tokens)
@@ -133,7 +134,7 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
             validations = 1 + -(-order.steps // recipe.train.evaluate_every_steps)
             backward = measured.forward_backward_per_token + (measured.forward_per_token if choice.recompute == "block" else 0.0)
             seconds = (
-                train_tokens * backward
+                train_tokens * (1 - shared_ratio) * backward
                 + order.steps * measured.optimizer_step
                 + validations * int(validation.lengths.sum()) * measured.forward_per_token
             )
@@ -150,6 +151,7 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
         steps_per_epoch=order.steps_per_epoch,
         warmup_steps=warmup_steps(recipe.train.schedule, order.steps),
         train_tokens=train_tokens,
+        shared_ratio=shared_ratio,
         micro_batch_tokens=choice.budget_tokens,
         recompute=choice.recompute,
         ledger=choice.ledger,
@@ -187,6 +189,7 @@ def _choices(
                 recompute=recompute,
                 process_bytes=process_bytes,
                 eager=eager,
+                device=machine.device,
             )
             yield _Choice(budget, recompute, lines)
 
@@ -200,9 +203,17 @@ def _largest_row(store: TokenStore, order: Order, budget: int) -> Row:
     """The largest row of the steps looked at, never smaller than the longest example."""
     tokens = supervised = 0
     for row in _rows(store, order, budget):
-        tokens, supervised = max(tokens, row.tokens), max(supervised, row.supervised_tokens)
-    longest = int(store.lengths.argmax())
-    return Row(max(tokens, int(store.lengths[longest])), max(supervised, store[longest].supervised_targets))
+        tokens, supervised = max(tokens, row.tokens), max(supervised, len(row.targets_S))
+    longest = store[int(store.lengths.argmax())]
+    return Row(max(tokens, needed_tokens(longest)), max(supervised, longest.supervised_targets))
+
+
+def _shared_ratio(store: TokenStore, order: Order, budget: int) -> float:
+    """Share of the examples' tokens that are not computed, because examples of a row begin alike."""
+    computed = separate = 0
+    for row in _rows(store, order, budget):
+        computed, separate = computed + row.tokens, separate + row.separate_tokens
+    return 1 - computed / separate if separate else 0.0
 
 
 def _typical_row(store: TokenStore, order: Order, budget: int) -> MicroBatch:
@@ -211,8 +222,8 @@ def _typical_row(store: TokenStore, order: Order, budget: int) -> MicroBatch:
 
 
 def _step_tokens(store: TokenStore, order: Order) -> Iterator[int]:
-    """Tokens of each step, without what follows an example's last supervised token."""
-    needed = np.asarray([np.flatnonzero(store[n].supervised)[-1] + 1 for n in range(len(store))])
+    """Tokens of each step's examples, without those that influence no loss."""
+    needed = np.asarray([needed_tokens(store[n]) for n in range(len(store))])
     for step in range(1, order.steps + 1):
         yield int(needed[order.step(step)].sum())
 
@@ -232,7 +243,7 @@ def _memory_refusal(choice: _Choice, machine: MachineFacts, base: ResolvedModel,
         f"does not fit: {format_bytes(choice.peak_bytes)} needed, {available} available on {machine.device_name}, "
         f"with the smallest rows ({choice.budget_tokens} tokens) and recomputed blocks\n{memory.table(choice.ledger)}\n"
     )
-    by_row = {"activations", "logits", "mask"}
+    by_row = {"activations", "logits", "head", "mask"}
     fixed = sum(line.bytes for line in choice.ledger if line.part not in by_row)
     if fixed >= machine.memory_available_bytes:
         return head + (

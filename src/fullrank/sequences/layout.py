@@ -1,21 +1,28 @@
 """Examples -> micro-batches: flat rows of several examples, without padding, under a token budget.
 
-Each example in a row attends to itself only and its positions restart at 0. Layout decides how a step is computed, never
-which examples it holds: every example given comes out exactly once, whatever the budget.
+Each example in a row attends to itself only and its positions restart at 0; what examples begin with alike stands in their row
+once (`fullrank.sequences.forest`). Layout decides how a step is computed, never which examples it holds: every example given
+comes out exactly once, and every supervised token of it counts once, whatever the budget.
 
-Shape legend: T tokens of the row, S supervised tokens of the row.
+Shape legend: T tokens of the row, S distinct predictions of the row that carry loss, P supervised tokens of its examples (P >= S:
+a prediction that several examples share is made once and counts for each).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from fullrank.sequences.forest import LEAST_SHARED, Segment, grow, in_order, shared_prefix
 from fullrank.sequences.store import Example, TokenStore
+
+#: What a row more costs, in tokens: gradients of every weight are read and written once more.
+_ROW_COST_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,24 @@ class MicroBatch:
 
     input_ids_1T: torch.Tensor
     position_ids_1T: torch.Tensor
+    segments: tuple[Segment, ...]
+    """What attends to what."""
     predicting_S: torch.Tensor
-    """Row positions whose next-token prediction carries loss."""
+    """Row positions whose next-token prediction carries loss; one that examples continue differently stands here repeatedly."""
     targets_S: torch.Tensor
     """The token each of them must predict."""
-    owner_S: torch.Tensor
+    times_S: torch.Tensor
+    """How many examples' supervised tokens each of them is."""
+    entry_P: torch.Tensor
+    """Number, within S, of the prediction that each supervised token is."""
+    owner_P: torch.Tensor
     """Number, within `examples`, of the example that each supervised token belongs to."""
     examples: tuple[int, ...]
     """Positions of the examples in their store."""
+    separate_tokens: int
+    """Tokens the examples would take without sharing."""
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a model works out once for a row."""
 
     @property
     def tokens(self) -> int:
@@ -39,7 +56,7 @@ class MicroBatch:
 
     @property
     def supervised_tokens(self) -> int:
-        return self.targets_S.numel()
+        return self.owner_P.numel()
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same row on a device."""
@@ -48,69 +65,137 @@ class MicroBatch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, memo={}, **moved)
+
+
+def needed_tokens(example: Example) -> int:
+    """Tokens that a causal model must be given: those before the last supervised one, which is only predicted.
+
+    None where nothing is supervised that has a token before it.
+    """
+    supervised = np.flatnonzero(example.supervised)
+    return int(supervised[-1]) if len(supervised) else 0
 
 
 def micro_batches(
-    store: TokenStore, examples: Sequence[int] | np.ndarray, budget_tokens: int, *, packed: bool
+    store: TokenStore, examples: Sequence[int] | np.ndarray, budget_tokens: int, *, packed: bool, shared: bool = True
 ) -> list[MicroBatch]:
     """Lays examples out into rows of at most `budget_tokens` (an example longer than that has a row of its own).
 
-    First-fit decreasing (Johnson 1973: at most 11/9 of the fewest rows, plus one); ties keep the given order, so the layout is
-    a function of its arguments alone.
+    Examples that begin alike come into one row as far as they fit, at the cuts that save most; what is left is spread by
+    decreasing length over as few rows as first-fit decreasing needs (Johnson 1973: at most 11/9 of the fewest, plus one), evenly.
+    Ties keep the given order, so the layout is a function of its arguments alone.
 
     Args:
         store: where the examples are.
         examples: positions in the store.
         budget_tokens: most tokens of a row.
         packed: False puts every example into a row of its own, for models that cannot keep packed examples apart.
+        shared: False lays every token of every example out, for models that cannot share them.
     """
-    # Tokens after the last supervised one influence no loss of a causal model, so they are not computed.
-    cut = {int(e): _needed(store[int(e)]) for e in examples}
+    whole = [(int(e), store[int(e)]) for e in examples]
     if not packed:
-        return [_row([(int(e), cut[int(e)])]) for e in examples]
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for example in sorted((int(e) for e in examples), key=lambda e: -len(cut[e].ids)):
-        length = len(cut[example].ids)
-        row = next((n for n, left in enumerate(room) if left >= length), None)
-        if row is None:
-            rows.append([example])
-            room.append(budget_tokens - length)
-        else:
-            rows[row].append(example)
-            room[row] -= length
-    return [_row([(example, cut[example]) for example in row]) for row in rows]
+        return [row_of([one], shared=False) for one in whole]
+    inputs = [example.ids[: needed_tokens(example)] for _, example in whole]
+    groups = _alike(inputs, budget_tokens) if shared else [([n], len(ids)) for n, ids in enumerate(inputs)]
+    rows = _spread(groups, budget_tokens)
+    return [row_of([whole[n] for n in row], shared=shared) for row in rows]
 
 
-def _needed(example: Example) -> Example:
-    supervised = np.flatnonzero(example.supervised)
-    end = int(supervised[-1]) + 1 if len(supervised) else len(example.ids)
-    return Example(example.ids[:end], example.supervised[:end])
-
-
-def _row(members: Iterable[tuple[int, Example]]) -> MicroBatch:
-    ids, positions, predicting, targets, owners, names = [], [], [], [], [], []
+def _alike(inputs: Sequence[np.ndarray], budget_tokens: int) -> list[tuple[list[int], int]]:
+    """Groups of examples to be kept together, and the tokens of each group."""
+    order = in_order(inputs)
+    alike = [shared_prefix(inputs[a], inputs[b]) for a, b in itertools.pairwise(order)]
+    alike = [length if length >= LEAST_SHARED else 0 for length in alike]
+    groups: list[tuple[list[int], int]] = []
     start = 0
-    for number, (name, example) in enumerate(members):
-        length = len(example.ids)
-        where = np.flatnonzero(example.supervised[1:])  # the token at where + 1 is predicted at where
-        ids.append(example.ids)
-        positions.append(np.arange(length))
-        predicting.append(where + start)
-        targets.append(example.ids[where + 1])
-        owners.append(np.full(len(where), number))
-        names.append(name)
-        start += length
+    for end in range(1, len(order) + 1):
+        if end == len(order) or not alike[end - 1]:
+            lengths = [len(inputs[n]) for n in order[start:end]]
+            more = [lengths[0], *(length - same for length, same in zip(lengths[1:], alike[start : end - 1], strict=True))]
+            for low, high in _cuts(lengths, more, budget_tokens):
+                groups.append((order[start + low : start + high], lengths[low] + sum(more[low + 1 : high])))
+            start = end
+    return groups
 
-    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+def _cuts(lengths: Sequence[int], more: Sequence[int], budget_tokens: int) -> list[tuple[int, int]]:
+    """Where a run of examples that share beginnings is cut into rows: least tokens in all, rows about equally long.
+
+    Args:
+        lengths: tokens of each example alone.
+        more: tokens of each beyond what it shares with the one before.
+    """
+    best: list[tuple[float, int]] = [(0.0, 0)]  # (cost of everything before, where its last row begins)
+    for end in range(1, len(lengths) + 1):
+        found = (float("inf"), 0)
+        behind = 0
+        for start in range(end - 1, -1, -1):
+            tokens = lengths[start] + behind
+            if tokens > budget_tokens and start < end - 1:
+                break
+            # Of two layouts alike in tokens, the more even one has the smaller sum of squares.
+            cost = best[start][0] + tokens + _ROW_COST_TOKENS + tokens * tokens / (8 * budget_tokens)
+            found = min(found, (cost, start))
+            behind += more[start]
+        best.append(found)
+    cuts = []
+    end = len(lengths)
+    while end:
+        start = best[end][1]
+        cuts.append((start, end))
+        end = start
+    return cuts[::-1]
+
+
+def _spread(groups: Sequence[tuple[list[int], int]], budget_tokens: int) -> list[list[int]]:
+    """Groups -> rows: as few as first-fit decreasing needs, filled evenly where that does not take more of them."""
+    by_size = sorted(groups, key=lambda group: (-group[1], group[0]))
+    fitted: list[list[int]] = []
+    room: list[int] = []
+    for members, tokens in by_size:
+        row = next((n for n, left in enumerate(room) if left >= tokens), None)
+        if row is None:
+            fitted.append(list(members))
+            room.append(budget_tokens - tokens)
+        else:
+            fitted[row] += members
+            room[row] -= tokens
+    even: list[list[int]] = [[] for _ in fitted]
+    load = [0] * len(fitted)
+    for members, tokens in by_size:
+        row = min(range(len(load)), key=load.__getitem__)
+        even[row] += members
+        load[row] += tokens
+    longest = max((tokens for _, tokens in by_size), default=0)
+    return even if max(load, default=0) <= max(budget_tokens, longest) else fitted
+
+
+def row_of(members: Sequence[tuple[int, Example]], *, shared: bool) -> MicroBatch:
+    """Examples, with their positions in the store, as one row."""
+    inputs = [example.ids[: needed_tokens(example)] for _, example in members]
+    forest = grow(inputs, least_shared=LEAST_SHARED if shared else len(max(inputs, key=len, default=())) + 1)
+    predicting, targets, owners = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number, ((_, example), path_T) in enumerate(zip(members, forest.paths, strict=True)):
+        where = np.flatnonzero(example.supervised[1:])  # the token at where + 1 is predicted at where
+        predicting.append(path_T[where])
+        targets.append(example.ids[where + 1].astype(np.int64))
+        owners.append(np.full(len(where), number))
+    predictions_P2 = np.stack([np.concatenate(predicting), np.concatenate(targets)], axis=1)
+    distinct_S2, entry_P, times_S = np.unique(predictions_P2, axis=0, return_inverse=True, return_counts=True)
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.int64))
 
     return MicroBatch(
-        input_ids_1T=tensor(ids)[None],
-        position_ids_1T=tensor(positions)[None],
-        predicting_S=tensor(predicting),
-        targets_S=tensor(targets),
-        owner_S=tensor(owners),
-        examples=tuple(names),
+        input_ids_1T=tensor(forest.ids_T)[None],
+        position_ids_1T=tensor(forest.positions_T)[None],
+        segments=forest.segments,
+        predicting_S=tensor(distinct_S2[:, 0]),
+        targets_S=tensor(distinct_S2[:, 1]),
+        times_S=tensor(times_S),
+        entry_P=tensor(entry_P.reshape(-1)),
+        owner_P=tensor(np.concatenate(owners)),
+        examples=tuple(name for name, _ in members),
+        separate_tokens=sum(map(len, inputs)),
     )

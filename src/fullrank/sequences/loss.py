@@ -2,40 +2,64 @@
 
     loss(step) = sum of token losses over the step's examples / number of supervised tokens in the step
 
-Token losses are cross-entropies in fp32 whatever the compute type. Logits are made at supervised positions only, by the
-model's own head (softcaps, biases and ties included), so what is summed does not depend on how examples share rows.
+Token losses are cross-entropies in fp32 whatever the compute type. A prediction that several examples share is made once and
+counts once for each of them, so that what is summed does not depend on how examples share rows.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
+from fullrank.sequences import head
+from fullrank.sequences.head import Head
 from fullrank.sequences.layout import MicroBatch
 
 
-def token_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Cross-entropy of every supervised token of a row: losses_S, nats, fp32.
+class Predictor(Protocol):
+    """A causal language model that takes rows of segments (`fullrank.models.rows.RowModel`)."""
 
-    Args:
-        model: a transformers causal language model; with no 2-D mask and no cache it keeps apart examples whose positions
-            restart, sliding windows included.
-        batch: a row on the model's device.
+    def predictions(self, batch: MicroBatch) -> tuple[torch.Tensor, Head | None]:
+        """hidden_SH at the positions that predict, and the head; or logits_SV and None, where the head is no plain product."""
+
+
+def token_losses(model: Predictor, batch: MicroBatch) -> torch.Tensor:
+    """Cross-entropy of every distinct prediction of a row: losses_S, nats, fp32, without gradients.
+
+    `batch.times_S` says how often each counts, `batch.entry_P` which one each supervised token is.
     """
     if batch.supervised_tokens == 0:
         return batch.targets_S.new_zeros(0, dtype=torch.float32)
-    output = model(
-        input_ids=batch.input_ids_1T,
-        position_ids=batch.position_ids_1T,
-        use_cache=False,
-        logits_to_keep=batch.predicting_S,
-    )
-    logits_SV = output.logits[0]
-    if logits_SV.shape[0] != batch.supervised_tokens:  # a model that has no logits_to_keep
-        logits_SV = logits_SV[batch.predicting_S]
-    return nn.functional.cross_entropy(logits_SV.float(), batch.targets_S, reduction="none")
+    with torch.no_grad():
+        found, own_head = model.predictions(batch)
+        if own_head is not None:
+            return head.token_losses(own_head, found, batch.targets_S)
+        return nn.functional.cross_entropy(found.float(), batch.targets_S, reduction="none")
 
 
-def row_loss(model: nn.Module, batch: MicroBatch, supervised_tokens_of_step: int) -> torch.Tensor:
+def row_loss(model: Predictor, batch: MicroBatch, supervised_tokens_of_step: int) -> torch.Tensor:
     """A row's share of the step's loss: the rows of a step add up to the loss law, and so do their gradients."""
-    return token_losses(model, batch).sum() / supervised_tokens_of_step
+    found, own_head = model.predictions(batch)
+    return _row_loss(found, own_head, batch, supervised_tokens_of_step)
+
+
+def _row_loss(found: torch.Tensor, own_head: Head | None, batch: MicroBatch, supervised_tokens_of_step: int) -> torch.Tensor:
+    shares_S = batch.times_S / supervised_tokens_of_step
+    if own_head is not None:
+        return head.weighted_loss(own_head, found, batch.targets_S, shares_S)
+    return (nn.functional.cross_entropy(found.float(), batch.targets_S, reduction="none") * shares_S).sum()
+
+
+def add_gradients(model: Predictor, batch: MicroBatch, supervised_tokens_of_step: int) -> torch.Tensor:
+    """`row_loss`, whose gradients are added to the parameters'."""
+    found, own_head = model.predictions(batch)
+    if own_head is None or torch.is_autocast_enabled(found.device.type):
+        loss = _row_loss(found, own_head, batch, supervised_tokens_of_step)
+        with torch.autocast(found.device.type, enabled=False):
+            loss.backward()
+        return loss.detach()
+    loss, grad_SH = head.add_gradients(own_head, found, batch.targets_S, batch.times_S / supervised_tokens_of_step)
+    found.backward(grad_SH)
+    return loss

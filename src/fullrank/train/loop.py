@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,14 +34,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become rows: the plan's budget, and whether the model keeps packed examples apart."""
+    """How examples become rows: the plan's budget, and what the model keeps apart."""
 
     budget_tokens: int
     packed: bool
+    shared: bool
 
     def rows(self, store: TokenStore, examples: np.ndarray) -> list[MicroBatch]:
         """The micro-batches of some examples."""
-        return micro_batches(store, examples, self.budget_tokens, packed=self.packed)
+        return micro_batches(store, examples, self.budget_tokens, packed=self.packed, shared=self.shared)
 
 
 def steps(
@@ -58,10 +60,8 @@ def steps(
     Args:
         interruptible: wraps each step's rows; what it raises between rows ends the generator before the update.
     """
-    for step in range(first, order.steps + 1):
-        started = time.monotonic()
-        examples = order.step(step)
-        rows = layout.rows(store, examples)
+    started = time.monotonic()
+    for step, examples, rows in _ahead(store, order, layout, first):
         supervised_tokens = sum(row.supervised_tokens for row in rows)
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, step, order.steps)
         outcome = engine.step(interruptible(rows), supervised_tokens, learning_rate=rate, seed=step_seed(train.seed, step))
@@ -72,12 +72,32 @@ def steps(
             learning_rate=rate,
             grad_norm=outcome.grad_norm,
             examples=len(examples),
-            tokens=sum(row.tokens for row in rows),
+            tokens=sum(row.separate_tokens for row in rows),
+            computed_tokens=sum(row.tokens for row in rows),
             supervised_tokens=supervised_tokens,
             seconds=time.monotonic() - started,
             memory_bytes=resident_bytes(),
         )
         yield Step(row, examples, outcome)
+        started = time.monotonic()
+
+
+def _ahead(store: TokenStore, order: Order, layout: Layout, first: int) -> Iterator[tuple[int, np.ndarray, list[MicroBatch]]]:
+    """(step, its examples, its rows): the rows of a step are laid out while the step before is computed."""
+
+    def lay_out(step: int) -> tuple[np.ndarray, list[MicroBatch]]:
+        examples = order.step(step)
+        return examples, layout.rows(store, examples)
+
+    if first > order.steps:
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="layout") as worker:
+        following = worker.submit(lay_out, first)
+        for step in range(first, order.steps + 1):
+            examples, rows = following.result()
+            if step < order.steps:
+                following = worker.submit(lay_out, step + 1)
+            yield step, examples, rows
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -88,5 +108,6 @@ def step_seed(seed: int, step: int) -> int:
 def validation_loss(engine: Engine, store: TokenStore, layout: Layout) -> float:
     """Mean loss over the supervised tokens of a store, nats: the loss law over all of it, whatever the rows."""
     rows = layout.rows(store, np.arange(len(store)))
-    total = sum(float(losses_S.double().sum()) for losses_S in engine.losses(rows))
+    losses = zip(rows, engine.losses(rows), strict=True)
+    total = sum(float(losses_S.double().cpu() @ row.times_S.double()) for row, losses_S in losses)
     return total / sum(row.supervised_tokens for row in rows)

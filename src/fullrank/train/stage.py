@@ -19,10 +19,11 @@ from fullrank.loading import differences
 from fullrank.meter import Meter
 from fullrank.models.export import export_dtype
 from fullrank.models.load import load_model, load_tokenizer
-from fullrank.models.packing import keeps_apart
 from fullrank.models.resolved import ResolvedModel
+from fullrank.models.rows import RowModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
+from fullrank.parallel.quiet import between_steps, quiet
 from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import EarlyStopping, Recipe
 from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
@@ -75,7 +76,8 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
     with Meter() as meter:
         training = _Training(recipe, run, base, data, plan, meter)
         try:
-            training.fit()
+            with quiet():
+                training.fit()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
                 raise
@@ -183,11 +185,11 @@ class _Training:
         self.order = Order(len(self.train_store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
         self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
         self.model = load_model(base.folder, device=self.device)
-        packed = keeps_apart(self.model)
-        if not packed:
-            run.tell("note", stage="train", words="this model does not keep packed examples apart: one example a row")
-        self.layout = Layout(plan.micro_batch_tokens, packed)
-        self.engine: Engine = SingleDevice(self.model, recipe.train, recompute=plan.recompute)
+        rows = RowModel(self.model, adds_gradients=True)
+        if rows.why:
+            run.tell("note", stage="train", words=rows.why)
+        self.layout, self.layout_note = Layout(plan.micro_batch_tokens, rows.packs, rows.shares), rows.why
+        self.engine: Engine = SingleDevice(rows, recipe.train, recompute=plan.recompute)
         self.progress = _Progress()
         self._sitting_started = time.monotonic()
         self._last_save = time.monotonic()
@@ -226,6 +228,7 @@ class _Training:
                             self._save()
                         if stop.requested:
                             raise Interrupted
+                        between_steps()
             except Interrupted:
                 self._save()
                 raise Stopped(
@@ -347,6 +350,7 @@ class _Training:
             best_step=self.progress.best_step,
             examples_seen=sum(row.examples for row in rows),
             tokens_seen=tokens,
+            computed_tokens_seen=sum(row.computed_tokens for row in rows),
             supervised_tokens_seen=sum(row.supervised_tokens for row in rows),
             validation_loss_before=self.progress.first_loss,
             validation_loss_best=self.progress.best_loss,
@@ -354,6 +358,8 @@ class _Training:
             loop_seconds=self.progress.loop_seconds,
             tokens_per_second=tokens / sum(row.seconds for row in rows),
             packed=self.layout.packed,
+            shared=self.layout.shared,
+            layout_note=self.layout_note,
             device_peak_bytes=self.progress.device_peak_bytes or None,
             resumed_from_steps=self.progress.resumed_from,
             proof=checked,

@@ -12,6 +12,7 @@ import tiny
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fullrank.models.rows import RowModel
 from fullrank.parallel.engine import StepOutcome
 from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Optimizer, Train
@@ -27,7 +28,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 def engine_of(family: str = "llama", *, recompute: str = "none", **train: Any) -> SingleDevice:
     settings = {"precision": "fp32", "optimizer": Optimizer(weight_decay=0.1)} | train
-    return SingleDevice(tiny.model(family), Train(**settings), recompute=recompute)
+    return SingleDevice(RowModel(tiny.model(family), adds_gradients=True), Train(**settings), recompute=recompute)
 
 
 def rows_of(store: TokenStore, step: int = 0, budget: int = 40) -> list[MicroBatch]:
@@ -154,7 +155,7 @@ def test_a_number_that_is_not_finite_leaves_weights_and_moments_bit_by_bit(store
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_no_update(store: TokenStore) -> None:
     engine = engine_of()
     before = snapshot(engine)
-    weight = engine.model.get_output_embeddings().weight
+    weight = engine.model.base_model.norm.weight
     handle = weight.register_hook(lambda gradient: gradient * math.nan)
     outcome = advance(engine, rows_of(store))
     handle.remove()
@@ -193,9 +194,8 @@ def test_a_state_continues_bit_by_bit(store: TokenStore, family: str) -> None:
         advance(first, rows_of(store, step), seed=step)
     saved = first.state()
     kept = {kind: {name: t.clone() for name, t in tensors.items()} for kind, tensors in saved.tensors.items()}
-    second = SingleDevice(
-        tiny.model(family, seed=99), Train(precision="fp32", optimizer=Optimizer(weight_decay=0.1)), recompute="none"
-    )
+    rows = RowModel(tiny.model(family, seed=99), adds_gradients=True)
+    second = SingleDevice(rows, Train(precision="fp32", optimizer=Optimizer(weight_decay=0.1)), recompute="none")
     second.load_state(type(saved)(tensors=kept, facts=saved.facts))
     for step in range(2, 4):
         advance(second, rows_of(store, step), seed=step)
@@ -206,7 +206,7 @@ def test_a_state_continues_bit_by_bit(store: TokenStore, family: str) -> None:
 def test_dropout_is_a_function_of_the_steps_seed(store: TokenStore) -> None:
     def losses(seed: int, disturb: int) -> StepOutcome:
         model = tiny.model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
-        engine = SingleDevice(model, Train(precision="fp32"), recompute="none")
+        engine = SingleDevice(RowModel(model, adds_gradients=True), Train(precision="fp32"), recompute="none")
         torch.manual_seed(disturb)
         return advance(engine, rows_of(store), seed=seed)
 
@@ -216,7 +216,7 @@ def test_dropout_is_a_function_of_the_steps_seed(store: TokenStore) -> None:
 
 def test_losses_are_without_dropout_and_without_gradients(store: TokenStore) -> None:
     model = tiny.model("gpt2", resid_pdrop=0.3)
-    engine = SingleDevice(model, Train(precision="fp32"), recompute="none")
+    engine = SingleDevice(RowModel(model, adds_gradients=True), Train(precision="fp32"), recompute="none")
     once, again = (torch.cat(list(engine.losses(rows_of(store)))) for _ in range(2))
     assert torch.equal(once, again)
     assert not once.requires_grad

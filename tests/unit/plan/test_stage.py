@@ -58,17 +58,18 @@ def test_steps_and_tokens_are_those_that_training_takes(case: Path) -> None:
     assert plan.warmup_steps == math.ceil(0.05 * plan.steps)
     store = TokenStore(run.run.data / "train")
     rows = [row for s in range(1, order.steps + 1) for row in micro_batches(store, order.step(s), 512, packed=True)]
-    assert plan.train_tokens == sum(row.tokens for row in rows)
+    assert plan.train_tokens == sum(row.separate_tokens for row in rows)
+    assert plan.shared_ratio == pytest.approx(1 - sum(row.tokens for row in rows) / plan.train_tokens) and plan.shared_ratio > 0.1
     validations = 1 + math.ceil(order.steps / 3)
     held = int(TokenStore(run.run.data / "validation").lengths.sum())
-    by_hand = plan.train_tokens * 3e-3 + order.steps * 0.5 + validations * held * 1e-3
+    by_hand = sum(row.tokens for row in rows) * 3e-3 + order.steps * 0.5 + validations * held * 1e-3
     assert plan.train_seconds_predicted == pytest.approx(by_hand) and plan.seconds_basis == "a stated speed"
     assert plan.fits and plan.recompute == "none"
 
 
 def test_the_ledger_is_of_the_largest_row_and_of_this_model(case: Path) -> None:
     run, plan = planned(case)
-    n = run.base.facts.parameters
+    facts, n = run.base.facts, run.base.facts.parameters
     parts = {line.part: line.bytes for line in plan.ledger}
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * n, 4 * n, 8 * n)
     assert parts["process"] == PROCESS
@@ -79,7 +80,8 @@ def test_the_ledger_is_of_the_largest_row_and_of_this_model(case: Path) -> None:
         for s in range(1, order.steps + 1)
         for row in micro_batches(store, order.step(s), plan.micro_batch_tokens, packed=True)
     )
-    assert parts["mask"] == max(largest, store.lengths.max()) ** 2
+    widths = 4 * facts.hidden_size + 2 * (facts.heads + facts.key_value_heads) * facts.head_dim + 3 * facts.intermediate_size
+    assert parts["activations"] == facts.layers * largest * widths * 4
 
 
 def test_the_disk_holds_two_checkpoints_the_best_weights_and_the_export(case: Path) -> None:
@@ -115,7 +117,7 @@ def test_scores_do_not_touch_the_plan(case: Path) -> None:
 def test_rows_shrink_before_blocks_are_recomputed(case: Path) -> None:
     run, roomy = planned(case)
     longest = int(TokenStore(run.run.data / "train").lengths.max())
-    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "logits", "mask"))
+    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "logits"))
     seen: list[tuple[str, int]] = []
     for limit in range(peak(roomy), peak(roomy) - by_row, -by_row // 24):
         try:

@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from fullrank.sequences.chat import Tokens
+from fullrank.sequences.forest import Segment, grow
 from fullrank.sequences.layout import MicroBatch, micro_batches
 
 
-def read_back(row: MicroBatch) -> dict[int, tuple[list[int], list[int], list[int]]]:
-    """Example -> (ids, positions predicting within it, targets), taken apart at the positions that restart."""
-    starts = [n for n, position in enumerate(row.position_ids_1T[0].tolist()) if position == 0]
-    ends = [*starts[1:], row.tokens]
-    found = {}
-    for number, (name, start, end) in enumerate(zip(row.examples, starts, ends, strict=True)):
-        own = row.owner_S == number
-        found[name] = (
-            row.input_ids_1T[0, start:end].tolist(),
-            (row.predicting_S[own] - start).tolist(),
-            row.targets_S[own].tolist(),
-        )
+def path_to(row: MicroBatch, position: int) -> list[int]:
+    """Row positions of everything a token stands behind, and its own."""
+    number = next(n for n, segment in enumerate(row.segments) if segment.start <= position < segment.end)
+    found = list(range(row.segments[number].start, position + 1))
+    while (number := row.segments[number].parent) >= 0:
+        found = [*range(row.segments[number].start, row.segments[number].end), *found]
     return found
 
 
+def read_back(row: MicroBatch) -> dict[int, tuple[list[int], list[int], list[int]]]:
+    """Example -> (ids, positions predicting within it, targets), walked up from each prediction."""
+    ids, positions = row.input_ids_1T[0].tolist(), row.position_ids_1T[0].tolist()
+    found: dict[int, tuple[list[int], list[int], list[int]]] = {}
+    for number, name in enumerate(row.examples):
+        entries = row.entry_P[row.owner_P == number]
+        predicting = row.predicting_S[entries].tolist()
+        path = path_to(row, max(predicting, key=lambda position: positions[position]))
+        assert [positions[position] for position in path] == list(range(len(path))), "positions are depths"
+        where = [path.index(position) for position in predicting]
+        found[name] = ([ids[position] for position in path], where, row.targets_S[entries].tolist())
+    return found
+
+
+def alike(chance: random.Random, count: int) -> list[Tokens]:
+    """Examples of which many begin alike, some are the whole beginning of others, and some are there twice."""
+    beginnings = [[chance.randrange(9) for _ in range(chance.randrange(1, 30))] for _ in range(4)]
+    made: list[Tokens] = []
+    while len(made) < count:
+        ids = [*chance.choice(beginnings), *(chance.randrange(9) for _ in range(chance.randrange(1, 20)))]
+        ids = chance.choice(made).ids + ids[:5] if made and chance.random() < 0.3 else ids
+        supervised = [chance.random() < 0.5 for _ in ids]
+        if any(supervised[1:]):
+            made.append(Tokens(ids, supervised))
+        if made and chance.random() < 0.15:
+            made.append(made[-1])
+    return made[:count]
+
+
 @pytest.mark.parametrize("budget", [1, 40, 64, 100, 1000])
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_example_comes_out_once_with_its_tokens_and_targets(tmp_path: Path, budget: int, packed: bool) -> None:
-    examples = tiny.random_tokens(30)
+def test_every_example_comes_out_once_with_its_tokens_and_targets(
+    tmp_path: Path, budget: int, packed: bool, shared: bool
+) -> None:
+    examples = [*tiny.random_tokens(10), *alike(random.Random(7), 20)]
     store = tiny.write_store(tmp_path, examples)
     chosen = [n for n in range(30) if n % 3 != 0]
-    rows = micro_batches(store, chosen, budget, packed=packed)
+    rows = micro_batches(store, chosen, budget, packed=packed, shared=shared)
     found: dict[int, tuple[list[int], list[int], list[int]]] = {}
     for row in rows:
         parts = read_back(row)
@@ -41,12 +70,14 @@ def test_every_example_comes_out_once_with_its_tokens_and_targets(tmp_path: Path
         found |= parts
         assert packed or len(parts) == 1
         assert row.tokens <= budget or len(parts) == 1, "only an example longer than the budget exceeds it, alone"
-        assert row.supervised_tokens == len(row.targets_S)
+        assert row.supervised_tokens == sum(len(targets) for _, _, targets in parts.values()) == int(row.times_S.sum())
+        assert row.separate_tokens == sum(len(ids) for ids, _, _ in parts.values()) >= row.tokens
+        assert row.separate_tokens == row.tokens or shared
     assert sorted(found) == chosen
     for name, (ids, predicting, targets) in found.items():
         tokens = examples[name]
         last = max(n for n, inside in enumerate(tokens.supervised) if inside)
-        assert ids == tokens.ids[: last + 1], "what follows the last supervised token is not computed"
+        assert ids == tokens.ids[:last], "the last supervised token is predicted and need not be read, nor what follows it"
         assert predicting == [n - 1 for n, inside in enumerate(tokens.supervised) if inside and n > 0]
         assert targets == [tokens.ids[n + 1] for n in predicting]
 
@@ -61,22 +92,87 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
         ],
     )
     (row,) = micro_batches(store, [2, 0, 1], 100, packed=True)
-    # Longest first; example 0 is cut to 4 tokens, example 2 to 2, and ties keep the given order.
+    # Longest first, laid out in the order of their ids; a token that only has to be predicted is not there.
     assert row.examples == (0, 2, 1)
-    assert row.input_ids_1T.tolist() == [[10, 11, 12, 13, 30, 31, 20, 21]]
-    assert row.position_ids_1T.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
-    assert row.predicting_S.tolist() == [1, 2, 4, 6]
-    assert row.targets_S.tolist() == [12, 13, 31, 21]
-    assert row.owner_S.tolist() == [0, 0, 1, 2]
-    assert row.tokens == 8
+    assert row.input_ids_1T.tolist() == [[10, 11, 12, 20, 30]]
+    assert row.position_ids_1T.tolist() == [[0, 1, 2, 0, 0]]
+    assert row.predicting_S.tolist() == [1, 2, 3, 4]
+    assert row.targets_S.tolist() == [12, 13, 21, 31]
+    assert row.owner_P.tolist() == [0, 0, 1, 2]
+    assert row.entry_P.tolist() == [0, 1, 3, 2]
+    assert row.tokens == row.separate_tokens == 5
     assert row.supervised_tokens == 4
 
 
+def test_a_tree_by_hand(tmp_path: Path) -> None:
+    prompt = [1, 2, 3, 4, 5]
+    answers = [[6, 7], [6, 8, 9], [], [10]]
+    store = tiny.write_store(
+        tmp_path, [Tokens([*prompt, *answer, 11], [False] * 5 + [True] * (len(answer) + 1)) for answer in answers]
+    )
+    (row,) = micro_batches(store, range(4), 100, packed=True)
+    assert row.input_ids_1T.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    assert row.position_ids_1T.tolist() == [[0, 1, 2, 3, 4, 5, 6, 6, 7, 5]]
+    assert [tuple(segment) for segment in row.segments] == [
+        (0, 5, 10, 0, -1),  # the prompt
+        (5, 6, 9, 5, 0),  # 6, with which two answers begin
+        (6, 7, 7, 6, 1),
+        (7, 9, 9, 6, 1),
+        (9, 10, 10, 5, 0),
+    ]
+    made = list(zip(row.predicting_S.tolist(), row.targets_S.tolist(), row.times_S.tolist(), strict=True))
+    # 6 follows the prompt in two examples and is predicted once for both.
+    assert made == [(4, 6, 2), (4, 10, 1), (4, 11, 1), (5, 7, 1), (5, 8, 1), (6, 11, 1), (7, 9, 1), (8, 11, 1), (9, 11, 1)]
+    assert row.separate_tokens == 5 * 4 + 2 + 3 + 0 + 1
+    assert row.supervised_tokens == 3 + 4 + 1 + 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_forest_holds_every_beginning_once(seed: int) -> None:
+    ids = [np.asarray(tokens.ids) for tokens in alike(random.Random(seed), 12)]
+    forest = grow(ids, least_shared=1)
+    assert len(forest.ids_T) == len({tuple(some[:n]) for some in ids for n in range(1, len(some) + 1)})
+    for some, path_T in zip(ids, forest.paths, strict=True):
+        assert forest.ids_T[path_T].tolist() == some.tolist()
+        assert forest.positions_T[path_T].tolist() == list(range(len(some)))
+    for number, segment in enumerate(forest.segments):
+        below = [other for n, other in enumerate(forest.segments) if number in ancestors(forest.segments, n)]
+        assert sum(other.end - other.start for other in below) == segment.below - segment.start
+        assert all(segment.start <= other.start and other.end <= segment.below for other in below)
+
+
+def ancestors(segments: tuple[Segment, ...], number: int) -> set[int]:
+    found = {number}
+    while (number := segments[number].parent) >= 0:
+        found.add(number)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_examples_that_begin_alike_come_into_one_row(tmp_path: Path, seed: int) -> None:
+    """Two long prompts and a budget for each with its answers: cut anywhere else, a prompt would be there twice."""
+    chance = random.Random(seed)
+    prompts = [[chance.randrange(50) for _ in range(40)] for _ in range(2)]
+    examples = [
+        Tokens([*prompts[n % 2], *(chance.randrange(50) for _ in range(6)), 1], [False] * 40 + [True] * 7) for n in range(10)
+    ]
+    chance.shuffle(examples)
+    rows = micro_batches(tiny.write_store(tmp_path, examples), range(10), 75, packed=True)
+    assert len(rows) == 2 and sum(row.tokens for row in rows) <= 2 * (40 + 5 * 6)
+
+
+def test_rows_are_filled_evenly(tmp_path: Path) -> None:
+    lengths = [40, 30, 20, 20, 10, 8]
+    store = tiny.write_store(tmp_path, [Tokens([n] * length, [True] * length) for n, length in enumerate(lengths)])
+    rows = micro_batches(store, range(6), 70, packed=True)
+    assert sorted(row.tokens for row in rows) == [58, 64]
+
+
 def test_rows_are_first_fit_decreasing(tmp_path: Path) -> None:
-    lengths = [4, 8, 1, 4, 2, 1]
-    store = tiny.write_store(tmp_path, [Tokens([1] * n, [True] * n) for n in lengths])
+    lengths = [5, 9, 2, 5, 3, 2]  # a token less is computed
+    store = tiny.write_store(tmp_path, [Tokens([n] * length, [True] * length) for n, length in enumerate(lengths)])
     rows = micro_batches(store, range(6), 10, packed=True)
-    assert [[lengths[e] for e in row.examples] for row in rows] == [[8, 2], [4, 4, 1, 1]]
+    assert [[lengths[e] for e in row.examples] for row in rows] == [[9, 3], [5, 5, 2, 2]]
 
 
 def test_unpacked_rows_keep_the_given_order(tmp_path: Path) -> None:
@@ -97,4 +193,4 @@ def test_moving_a_row_to_its_own_device_is_free(tmp_path: Path) -> None:
     moved = row.to(torch.device("meta"))
     assert moved.examples == row.examples
     assert moved.input_ids_1T.shape == row.input_ids_1T.shape
-    assert moved.owner_S.device.type == "meta"
+    assert moved.owner_P.device.type == "meta"

@@ -27,6 +27,7 @@ def step_of(examples: list[int], outcome: StepOutcome) -> Step:
         grad_norm=outcome.grad_norm,
         examples=len(examples),
         tokens=1,
+        computed_tokens=1,
         supervised_tokens=1,
         seconds=1.0,
         memory_bytes=1,

@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 def run(store: TokenStore, budget: int = 64, first: int = 1) -> tuple[Recorder, list[Any]]:
     engine, order = Recorder(), Order(len(store), 4, 2, 3)
-    return engine, list(steps(engine, store, order, TRAIN, Layout(budget, True), first=first))  # type: ignore[arg-type]
+    return engine, list(steps(engine, store, order, TRAIN, Layout(budget, True, True), first=first))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [1, 64, 4096])
@@ -61,7 +61,8 @@ def test_every_step_has_its_examples_whatever_the_rows(store: TokenStore, budget
         assert examples == sorted(order.step(number).tolist()) == sorted(step.examples.tolist())
         supervised = sum(store[e].supervised_targets for e in examples)
         assert asked["supervised"] == step.row.supervised_tokens == supervised
-        assert step.row.tokens == sum(row.tokens for row in asked["rows"])
+        assert step.row.tokens == sum(row.separate_tokens for row in asked["rows"])
+        assert step.row.computed_tokens == sum(row.tokens for row in asked["rows"])
         assert step.row.examples == len(examples)
 
 
@@ -90,6 +91,6 @@ def test_seeds_never_meet() -> None:
 def test_the_validation_loss_is_the_mean_over_tokens_whatever_the_rows(store: TokenStore) -> None:
     targets = [store[e].ids[1:][store[e].supervised[1:]] for e in range(10)]
     by_hand = float(np.concatenate(targets).mean())
-    for layout in (Layout(1, True), Layout(64, True), Layout(4096, True), Layout(64, False)):
+    for layout in (Layout(1, True, True), Layout(64, True, False), Layout(4096, True, True), Layout(64, False, False)):
         found = validation_loss(Recorder(), store, layout)  # type: ignore[arg-type]
         assert math.isclose(found, by_hand, rel_tol=1e-12)

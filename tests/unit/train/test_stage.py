@@ -17,6 +17,7 @@ from tiny import chat_rows, write_jsonl
 
 from fullrank.errors import ProofError, Stopped, TrainingError, UsageError
 from fullrank.models import export
+from fullrank.models import rows as rows_of_models
 from fullrank.models.load import load_model
 from fullrank.parallel.single import SingleDevice
 from fullrank.plan import stage as plan_stage
@@ -299,7 +300,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(case: Path, uninte
 
 
 def test_patience_that_ended_is_remembered(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = ("train.evaluate_every_steps=1", "train.early_stopping={patience: 2}", "train.optimizer.learning_rate=0.1")
+    changes = ("train.evaluate_every_steps=1", "train.early_stopping={patience: 2}", "train.optimizer.learning_rate=0.5")
     run = ready(case, *changes, "train.epochs=10")
     card = run.train()
     whole = weights(run)
@@ -351,7 +352,7 @@ def test_without_a_plan_the_verb_to_type_is_named(case: Path) -> None:
 
 
 def test_a_model_that_mixes_packed_examples_gets_rows_of_one(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_stage, "keeps_apart", lambda model: False)
+    monkeypatch.setattr(rows_of_models, "_trial", lambda rows: (False, False, "this model mixes them: one example a row"))
     rows: list[int] = []
     real = SingleDevice.step
 
@@ -364,7 +365,8 @@ def test_a_model_that_mixes_packed_examples_gets_rows_of_one(case: Path, monkeyp
     run = ready(case, "train.epochs=1")
     card = run.train()
     assert not card.packed and set(rows) == {1} and len(rows) == 16
-    assert any("one example a row" in facts["words"] for facts in run.events("note"))
+    assert "one example a row" in card.layout_note
+    assert any(facts["words"] == card.layout_note for facts in run.events("note"))
 
 
 def test_data_that_changed_under_a_begun_run_are_refused(case: Path) -> None:

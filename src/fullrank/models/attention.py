@@ -1,0 +1,243 @@
+"""Attention over a forest of segments, for any transformers model: exact, and no score computed that a mask would throw away.
+
+A token attends to its segment up to itself and to all of its segment's ancestors. What continues a segment stands right behind
+it, so both are plain blocks of the score matrix: a causal one on the diagonal for each segment, and one full block for each
+segment that has others below it. Each block is one call of the library's kernel, which also returns the log-sum-exp of its
+scores; the blocks of a query are put together by those (Milakov & Gimelshein 2018; Dao et al. 2022, section 3.1):
+
+    lse = log(sum_b exp(lse_b)),    out = sum_b exp(lse_b - lse) out_b
+
+and the gradient of each block is the kernel's own, given the out and lse of the whole, since a block's probabilities are
+exp(scores - lse) whatever the other blocks hold.
+
+Shape legend: H heads, K key-value heads, T tokens of the row, D size of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from fullrank.sequences.forest import Segment
+from fullrank.sequences.layout import MicroBatch
+
+#: The name of this attention in transformers.
+NAME = "fullrank"
+
+
+@contextlib.contextmanager
+def attending_to_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model attends over the segments of the row that its forward pass is given (`row=`), and to nothing else."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    row: MicroBatch | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query_1HTD, key_1KTD, value_1KTD -> out_1THD.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if row is None:
+        raise ValueError("the model attends to rows of segments, and its forward pass was given none")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu" and not dropout and softcap is None and s_aux is None:
+        blocks = _remembered(row, ("blocks", sliding_window, query.dtype), _row_blocks)
+        out: torch.Tensor = _Blockwise.apply(query, key, value, blocks, scale)  # type: ignore[no-untyped-call]
+    else:
+        mask_TT = _remembered(row, ("mask", sliding_window, query.device), _row_mask)
+        out = _dense(query, key, value, mask_TT, scale, dropout, softcap, s_aux)
+    return out.transpose(1, 2), None
+
+
+# transformers makes no mask for an attention whose name it knows no masks for.
+AttentionInterface.register(NAME, attend)
+
+
+def _remembered(row: MicroBatch, key: tuple[Any, ...], make: Any) -> Any:
+    """What all layers of a kind share, made once a row."""
+    if key not in row.memo:
+        row.memo[key] = make(row, *key[1:])
+    return row.memo[key]
+
+
+# ---- every score, masked --------------------------------------------------------------------------------------------
+
+
+def _row_mask(row: MicroBatch, window: int | None, device: torch.device) -> torch.Tensor:
+    """mask_TT: whether a query attends to a key."""
+    below_T = torch.empty(row.tokens, dtype=torch.int64)
+    for segment in row.segments:
+        below_T[segment.start : segment.end] = segment.below
+    below_T = below_T.to(device)
+    at_T, positions_T = torch.arange(row.tokens, device=device), row.position_ids_1T[0].to(device)
+    mask_TT = (at_T[None, :] <= at_T[:, None]) & (at_T[:, None] < below_T[None, :])
+    if window is not None:
+        mask_TT &= positions_T[:, None] - positions_T[None, :] < window
+    return mask_TT
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_TT: torch.Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    key, value = (_for_every_head(some, query.shape[1]) for some in (key, value))
+    if softcap is None and s_aux is None:
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask_TT, dropout_p=dropout, scale=scale)
+    scores_1HTT = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores_1HTT = torch.tanh(scores_1HTT / softcap) * softcap
+    scores_1HTT = scores_1HTT.masked_fill(~mask_TT, torch.finfo(scores_1HTT.dtype).min)
+    if s_aux is not None:  # a score of its own for each head, which takes probability and gives nothing
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(*scores_1HTT.shape[:3], 1)
+        scores_1HTT = torch.cat([scores_1HTT, sinks.to(scores_1HTT.dtype)], dim=-1)
+    shares = nn.functional.softmax(scores_1HTT, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    return nn.functional.dropout(shares, p=dropout, training=dropout > 0) @ value
+
+
+def _for_every_head(some_1KTD: torch.Tensor, heads: int) -> torch.Tensor:
+    groups = heads // some_1KTD.shape[1]
+    return some_1KTD if groups == 1 else some_1KTD.repeat_interleave(groups, dim=1)
+
+
+# ---- block by block -------------------------------------------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    """Queries [low, high) against keys [start, end) of the row."""
+
+    low: int
+    high: int
+    start: int
+    end: int
+    causal: bool
+    mask: torch.Tensor | None
+    """Added to the scores where a sliding window cuts into the block."""
+
+
+def blocks_of(segments: Sequence[Segment], positions_T: torch.Tensor, window: int | None, dtype: torch.dtype) -> list[_Block]:
+    """The blocks of the score matrix that hold anything.
+
+    Args:
+        segments: of the row.
+        positions_T: depth of each token.
+        window: a token attends to itself and the window - 1 positions before it; None for all.
+        dtype: of the scores.
+    """
+    blocks: list[_Block] = []
+    for segment in segments:
+        start, end, below = segment.start, segment.end, segment.below
+        if start < end:
+            is_near = window is None or end - start <= window
+            mask = None if is_near or window is None else _windowed(positions_T, start, end, start, end, window, dtype)
+            blocks.append(_Block(start, end, start, end, mask is None, mask))
+        if end < below and start < end:
+            deepest = int(positions_T[end:below].max())
+            if window is None or deepest - segment.depth < window:
+                blocks.append(_Block(end, below, start, end, False, None))
+            else:
+                mask = _windowed(positions_T, end, below, start, end, window, dtype)
+                near = positions_T[end:below] - (segment.depth + end - start - 1) < window  # those that see anything of it
+                if near.any():
+                    blocks.append(_Block(end, below, start, end, False, mask))
+    return blocks
+
+
+def _windowed(
+    positions_T: torch.Tensor, low: int, high: int, start: int, end: int, window: int, dtype: torch.dtype
+) -> torch.Tensor:
+    distance = positions_T[low:high, None] - positions_T[None, start:end]
+    seen = (distance >= 0) & (distance < window)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def _row_blocks(row: MicroBatch, window: int | None, dtype: torch.dtype) -> list[_Block]:
+    return blocks_of(row.segments, row.position_ids_1T[0], window, dtype)
+
+
+class _Blockwise(torch.autograd.Function):
+    """out_1HTD of query_1HTD, key_1KTD and value_1KTD over blocks; see the head of this module."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[_Block], scale: float
+    ) -> torch.Tensor:
+        keys, values = (_for_every_head(some, query.shape[1]) for some in (key, value))
+        # Tokens before heads in memory, as the projection that follows reads it.
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        lse = torch.empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+        for block in sorted(blocks, key=lambda b: b.low != b.start):  # the diagonal first: every query has something there
+            low, high, start, end, causal, mask = block
+            part, lse_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, low:high], keys[:, :, start:end], values[:, :, start:end], 0.0, causal, attn_mask=mask, scale=scale
+            )
+            if low == start:
+                out[:, :, low:high], lse[:, :, low:high] = part, lse_part
+                continue
+            if mask is not None:  # a query whose window sees nothing here
+                blind = (mask == float("-inf")).all(dim=1)
+                lse_part = lse_part.masked_fill(blind, float("-inf"))
+                part = part.masked_fill(blind[:, None], 0.0)
+            before = lse[:, :, low:high]
+            both = torch.logaddexp(before, lse_part)
+            merged = out[:, :, low:high]
+            merged.mul_((before - both).exp_()[..., None]).addcmul_(part, (lse_part - both).exp_()[..., None])
+            before.copy_(both)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        heads = query.shape[1]
+        keys, values = (_for_every_head(some, heads) for some in (key, value))
+        grad_query, grad_keys, grad_values = (torch.zeros_like(some) for some in (query, keys, values))
+        for low, high, start, end, causal, mask in ctx.blocks:
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out[:, :, low:high],
+                query[:, :, low:high],
+                keys[:, :, start:end],
+                values[:, :, start:end],
+                out[:, :, low:high],
+                lse[:, :, low:high],
+                0.0,
+                causal,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
+            grad_query[:, :, low:high] += parts[0]
+            grad_keys[:, :, start:end] += parts[1]
+            grad_values[:, :, start:end] += parts[2]
+        groups = heads // key.shape[1]
+        grads = (some if groups == 1 else some.unflatten(1, (-1, groups)).sum(2) for some in (grad_keys, grad_values))
+        return grad_query, *grads, None, None

@@ -1,0 +1,275 @@
+"""A causal language model as the loss law sees it: a row of segments in; hidden states that predict something, and a head, out.
+
+Everything that a layout relies on is asked of the model itself before training relies on it: that examples which share a row, or
+a beginning, have the logits they have alone, that the head is what it looks like, and that the last block may be spared the
+tokens that predict nothing. What does not hold is not used, and said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fullrank.models.attention import attending_to_rows
+from fullrank.models.tuned import Tuned
+from fullrank.sequences.head import Head
+from fullrank.sequences.layout import MicroBatch, row_of
+from fullrank.sequences.store import Example
+
+#: Largest difference of a logit, relative to the largest logit, that rounding may explain.
+_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
+_TOLERANCE_OF_16_BITS = 3e-2
+
+
+class RowModel:
+    """Wraps a model, which stays what it is outside of `ready`.
+
+    Args:
+        model: of any family; in any mode.
+        adds_gradients: whether modules may add their gradients to the parameters' themselves (`fullrank.models.tuned`), which a
+            parameter must then hold as a plain tensor of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, adds_gradients: bool = False) -> None:
+        self.model = model
+        is_plain = model.device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters())
+        self.tuned = Tuned(model) if adds_gradients and is_plain else None
+        self.head: Head | None = None
+        self.trims = False
+        self.packs, self.shares, self.why = _trial(self)
+        self.head = _head_of(self)
+        self.trims = self.head is not None and _trims(self)
+        if self.shares and _drops(model):
+            # One draw for all examples that share a beginning is another step than one for each.
+            self.shares, self.why = (
+                False,
+                "this model is trained with dropout, which draws for every example anew: no beginning is shared",
+            )
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, the model takes rows."""
+        with contextlib.ExitStack() as stack:
+            if self.tuned is not None:
+                stack.enter_context(self.tuned())
+            if self.packs:
+                stack.enter_context(attending_to_rows(self.model))
+            if self.trims:
+                stack.enter_context(_trimmed(self.model))
+            yield
+
+    def predictions(self, batch: MicroBatch) -> tuple[torch.Tensor, Head | None]:
+        """See `fullrank.sequences.loss.Predictor`; inside `ready`."""
+        given: dict[str, Any] = {"input_ids": batch.input_ids_1T, "position_ids": batch.position_ids_1T, "use_cache": False}
+        if self.packs:
+            given["row"] = batch
+        if self.head is not None:
+            return self.model.base_model(**given).last_hidden_state[0, batch.predicting_S], self.head
+        logits_SV = self.model(**given, logits_to_keep=batch.predicting_S).logits[0]
+        if logits_SV.shape[0] != len(batch.predicting_S):  # a model that has no logits_to_keep
+            logits_SV = logits_SV[batch.predicting_S]
+        return logits_SV, None
+
+    def _logits(self, batch: MicroBatch) -> torch.Tensor:
+        with torch.no_grad(), self.ready():
+            found, head = self.predictions(batch)
+            return found.float() if head is None else head.logits(found)
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+# ---- what the model keeps apart ---------------------------------------------------------------------------------------
+
+
+def _examples(model: PreTrainedModel) -> list[Example]:
+    """Random tokens, the same for every model, so that anything that reaches across a border moves the logits: two examples that
+    begin alike, one that goes on from the first, and one that is like none.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    draw = np.random.default_rng(0)
+    beginning, first, second, longer, other = (draw.integers(vocabulary, size=n) for n in (8, 5, 7, 6, 9))
+    whole = [[beginning, first], [beginning, second], [beginning, first, longer], [other]]
+    return [Example(np.concatenate(parts), np.ones(sum(map(len, parts)), np.bool_)) for parts in whole]
+
+
+def _alone(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
+    """logits_PV of the examples one at a time, by the model's own forward pass."""
+    parts = []
+    for example in examples:
+        ids_1T = torch.from_numpy(example.ids[:-1]).to(model.device)[None]
+        positions_1T = torch.arange(ids_1T.shape[1], device=model.device)[None]
+        parts.append(model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits[0].float())
+    return torch.cat(parts)
+
+
+def _agree(rows: RowModel, found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    tolerance = _TOLERANCES.get(rows.model.dtype, _TOLERANCE_OF_16_BITS)
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def _trial(rows: RowModel) -> tuple[bool, bool, str]:
+    """Whether examples may share rows, whether they may share beginnings, and what stands against it."""
+    if why := _layers_unknown(rows.model):
+        return False, False, why
+    examples = _examples(rows.model)
+    named = list(enumerate(examples))
+    with torch.no_grad(), _evaluating(rows.model):
+        wanted = _alone(rows.model, examples)
+        found = {}
+        for shared in (False, True):
+            batch = row_of(named, shared=shared).to(rows.model.device)
+            rows.packs = True
+            try:
+                found[shared] = _agree(rows, rows._logits(batch)[batch.entry_P], wanted)
+            except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+                return False, False, f"this model's forward pass takes no rows ({error}): one example a row"
+    if not found[False]:
+        return False, False, "examples that share a row reach one another in this model: one example a row"
+    return (
+        True,
+        found[True],
+        "" if found[True] else "examples that begin alike do not have one beginning in this model: nothing is shared",
+    )
+
+
+def _drops(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(rate > 0 for rate in [*rates, getattr(config, "attention_dropout", None) or 0.0])
+
+
+def _layers_unknown(model: PreTrainedModel) -> str:
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    unknown = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
+    return f"this model has layers that attend neither to all nor to a window ({unknown}): one example a row" if unknown else ""
+
+
+# ---- the head -----------------------------------------------------------------------------------------------------------
+
+
+def _head_of(rows: RowModel) -> Head | None:
+    """The model's head, where logits are no more than its product with the hidden states, scaled or capped."""
+    model = rows.model
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Linear) or model.base_model is model:
+        return None
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scales = {1.0, *(float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling"))}
+    scales |= {1 / scale for scale in scales}
+    batch = row_of([(0, _examples(model)[0])], shared=False).to(model.device)
+    with torch.no_grad(), _evaluating(model):
+        wanted = rows._logits(batch)
+        for scale in sorted(scales, key=lambda scale: scale != 1.0):
+            for own_cap in dict.fromkeys((cap, None)):
+                bias: nn.Parameter | None = module.bias
+                rows.head = Head(cast(nn.Parameter, module.weight), bias, scale, own_cap)
+                with contextlib.suppress(AttributeError, TypeError):
+                    if _agree(rows, rows._logits(batch), wanted):
+                        return rows.head
+    return None
+
+
+# ---- the last block -----------------------------------------------------------------------------------------------------
+
+
+_NAMES = (
+    ("self_attn", "o_proj", "input_layernorm"),
+    ("self_attn", "dense", "input_layernorm"),
+    ("attn", "c_proj", "ln_1"),
+)
+
+
+def _last_block(model: PreTrainedModel) -> tuple[Any, Any, Any, Any] | None:
+    """(block, its attention, the projection that ends that, the norm before it), by the names that families use."""
+    for blocks in ("layers", "h"):
+        if isinstance(found := getattr(model.base_model, blocks, None), nn.ModuleList):
+            block: Any = found[-1]
+            for attention, projection, norm in _NAMES:
+                own = getattr(block, attention, None)
+                if own is not None and hasattr(own, projection) and hasattr(block, norm):
+                    return block, own, getattr(own, projection), getattr(block, norm)
+    return None
+
+
+@contextlib.contextmanager
+def _trimmed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the last block computes keys and values for every token, the rest only for those that predict something."""
+    found = _last_block(model)
+    assert found is not None
+    block, attention, projection, norm = found
+    before = {module: module.__dict__.get("forward") for module in (block, attention, projection)}
+    forwards: dict[Any, Callable[..., Any]] = {module: module.forward for module in before}
+
+    kept_K: torch.Tensor | None = None  # of the row that the attention is at
+
+    # What the parts need travels through the block's arguments, since a recomputing backward pass calls the block once more.
+    def block_forward(hidden_1TH: torch.Tensor, *arguments: Any, row: MicroBatch, **named: Any) -> Any:
+        own_K = _kept(row)
+        out = forwards[block](hidden_1TH[:, own_K], *arguments, row=row, whole_1TH=hidden_1TH, **named)
+        if isinstance(out, tuple):
+            return (_spread(out[0], own_K, hidden_1TH), *out[1:])
+        return _spread(out, own_K, hidden_1TH)
+
+    def attention_forward(*_: Any, whole_1TH: torch.Tensor, row: MicroBatch, **named: Any) -> Any:
+        nonlocal kept_K
+        kept_K = _kept(row)
+        named.pop("hidden_states", None)
+        return forwards[attention](norm(whole_1TH), row=row, **named)
+
+    def projection_forward(out_1TH: torch.Tensor) -> Any:
+        return forwards[projection](out_1TH[:, kept_K])
+
+    block.forward, attention.forward, projection.forward = block_forward, attention_forward, projection_forward
+    try:
+        yield
+    finally:
+        for module in before:
+            _restore(module, before[module])
+
+
+def _kept(row: MicroBatch) -> torch.Tensor:
+    if "predicting" not in row.memo:
+        row.memo["predicting"] = torch.unique(row.predicting_S)
+    found: torch.Tensor = row.memo["predicting"]
+    return found
+
+
+def _restore(module: Any, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = forward
+
+
+def _spread(kept_1KH: torch.Tensor, kept_K: torch.Tensor, like_1TH: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like_1TH).index_copy(1, kept_K, kept_1KH)
+
+
+def _trims(rows: RowModel) -> bool:
+    """Whether the last block may be trimmed: it must have known parts, and come to the same."""
+    if not rows.packs or _last_block(rows.model) is None:
+        return False
+    examples = [Example(example.ids, np.arange(len(example.ids)) % 3 == 2) for example in _examples(rows.model)]
+    batch = row_of(list(enumerate(examples)), shared=rows.shares).to(rows.model.device)
+    with _evaluating(rows.model):
+        wanted = rows._logits(batch)
+        rows.trims = True
+        try:
+            return _agree(rows, rows._logits(batch), wanted)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False

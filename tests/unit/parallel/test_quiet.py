@@ -1,0 +1,58 @@
+"""While training, freed memory stays and garbage waits; afterwards everything is as it was."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+
+import pytest
+import torch
+
+from fullrank.parallel.quiet import between_steps, quiet
+
+
+def faults_of_a_step() -> int:
+    """Pages that the system has to hand out for arrays of 4 MB, 160 MB in all, made and dropped."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [torch.ones(1 << 20) for _ in range(40)]
+    del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
+def test_freed_memory_is_kept() -> None:
+    pages = 40 * (4 << 20) // 4096
+    assert min(faults_of_a_step() for _ in range(3)) > pages / 2, "as it is, every step begins with new pages"
+    with quiet():
+        assert min(faults_of_a_step() for _ in range(3)) < pages / 20
+    assert min(faults_of_a_step() for _ in range(3)) > pages / 2
+
+
+def test_garbage_waits_for_the_end_of_a_step() -> None:
+    class Cycle:
+        """Reaches itself."""
+
+        alive = 0
+
+        def __init__(self) -> None:
+            self.me = self
+            Cycle.alive += 1
+
+        def __del__(self) -> None:
+            Cycle.alive -= 1
+
+    assert gc.isenabled()
+    with quiet():
+        for _ in range(5000):
+            Cycle()
+        assert Cycle.alive == 5000
+        between_steps()
+        assert Cycle.alive == 0
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_an_error_ends_it_as_well() -> None:
+    with pytest.raises(KeyError), quiet():
+        raise KeyError
+    assert gc.isenabled()
