@@ -1,0 +1,226 @@
+"""How fast a step is, and in how much memory, beside TRL and transformers on the same examples.
+
+    python benchmarks/speed.py --text FOLDER --peer .venv-peer/bin/python
+    python benchmarks/speed.py --text FOLDER --data rasbt --steps 4 --rounds 1 --dry       a trial
+
+Ours is `fullrank train`, theirs `speed_peer.py`; each is a process of its own, one after the other, round after round, with the
+same threads, fp32 (what a newcomer gets, bf16 and one thread, apart), the same chats, batch and learning rate, one epoch in an
+order of its own. The first step of each is told apart (latency: from when libraries are imported to when it is done). Examples a
+second are those of all other steps over their seconds; medians over the rounds are told. Memory is the peak of the process tree
+(PSS, `measure.py`). Mean losses that are not alike would mean that something else was trained: then nothing is written.
+
+    rasbt     short instructions, the template's system prompt before each: batch 8
+    gsm8k     questions and worked answers of varied length: batch 16
+    fastchat  conversations of several turns: batch 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+from measure import Measured, measure, must
+from record import ROOT, target, write
+
+from fullrank.models.embedded import folder_of
+from fullrank.recipe import AuditKind
+
+MODEL = "smollm2-135m-instruct"
+RATE = 1e-5
+#: data -> (batch, longest example in tokens, ways of the peer; the first is its defaults)
+CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "rasbt": (8, 1024, ("defaults", "plain", "padding-free", "transformers", "packed", "newcomer")),
+    "gsm8k": (16, 1024, ("defaults", "plain", "padding-free", "transformers")),
+    "fastchat": (4, 2048, ("defaults", "plain", "padding-free")),
+}
+#: Ways in which other examples, or another type, make up an update.
+APART = ("packed", "newcomer")
+_RECIPE = """\
+name: speed
+model: {{source: {model}}}
+data:
+  train: train.jsonl
+  validation: validation.jsonl
+  max_length: {longest}
+  audit: {{skip: [{skip}]}}
+train:
+  epochs: 1
+  global_batch_size: {batch}
+  optimizer: {{name: adamw, learning_rate: {rate}}}
+  schedule: {{name: constant, warmup_ratio: 0.0}}
+  evaluate_every_steps: 100000
+machine: {{device: cpu}}
+"""
+
+
+def chats(name: str, folder: Path) -> list[list[dict[str, str]]]:
+    """Conversations of a data set."""
+    if name == "rasbt":
+        rows = _lines(folder / "rasbt_instruction" / "alpaca.jsonl")
+        asked = [row["instruction"] + (f"\n{row['input']}" if row["input"] else "") for row in rows]
+        return [_exchange(question, row["output"]) for question, row in zip(asked, rows, strict=True)]
+    if name == "gsm8k":
+        return [_exchange(row["question"], row["answer"]) for row in _lines(folder / "gsm8k" / "train.jsonl")]
+    rows = _lines(folder / "fastchat_multiturn" / "conversations.jsonl")
+    roles = {"human": "user", "gpt": "assistant"}
+    return [[{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]] for row in rows]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _exchange(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def main() -> None:
+    """Measures and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="the folder of the data sets")
+    parser.add_argument("--data", nargs="*", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--steps", type=int, default=8, help="beside the first")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="*", help="of the peer; all by default")
+    parser.add_argument("--peer", default=sys.executable, help="the interpreter of an environment with TRL")
+    parser.add_argument("--dry", action="store_true", help="print the figures, write nothing")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="fullrank-bench-"))
+    try:
+        figures: dict[str, Any] = {
+            "steps": options.steps,
+            "rounds": options.rounds,
+            "threads": os.cpu_count(),
+            "peer_versions": _versions(options.peer),
+        }
+        model = folder_of(MODEL, print)
+        for name in options.data:
+            figures[name] = compared(name, folder, model, options)
+        results = targets(figures)
+        print(json.dumps(figures, indent=2))
+        for line in results:
+            print(json.dumps(line))
+        if not options.dry:
+            print(f"wrote {write('speed-cpu', figures, results)}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _versions(interpreter: str) -> dict[str, str]:
+    program = (
+        "import importlib.metadata as m, json; "
+        "print(json.dumps({n: m.version(n) for n in ('trl', 'transformers', 'torch', 'accelerate', 'datasets')}))"
+    )
+    found: dict[str, str] = json.loads(subprocess.run([interpreter, "-c", program], capture_output=True, check=True).stdout)
+    return found
+
+
+def compared(name: str, folder: Path, model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All ways on one data set."""
+    batch, longest, ways = CASES[name]
+    count = batch * (options.steps + 1)
+    rows = chats(name, options.text)
+    _write(folder / "train.jsonl", rows[:count])
+    _write(folder / "validation.jsonl", rows[count : count + 1])
+    skip = ", ".join(get_args(AuditKind))
+    recipe = _RECIPE.format(model=MODEL, batch=batch, longest=longest, rate=RATE, skip=skip)
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for number in range(options.rounds):
+        for way in ("ours", *(way for way in ways if not options.ways or way in options.ways)):
+            found = ours(folder) if way == "ours" else theirs(way, folder, model, batch, longest, options.peer)
+            found["examples_per_second"] = batch * options.steps / sum(found["step_seconds"][1:])
+            print(name, f"round {number + 1}", way, json.dumps(found), flush=True)
+            runs.setdefault(way, []).append(found)
+    medians = {way: _median(found) for way, found in runs.items()}
+    losses = {way: found["mean_loss"] for way, found in medians.items() if way not in APART}
+    if max(losses.values()) > 1.05 * min(losses.values()):
+        raise SystemExit(f"{name}: not the same was trained: {losses}")
+    return {"batch": batch, "examples": count, **medians}
+
+
+def _write(path: Path, rows: list[list[dict[str, str]]]) -> None:
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+
+
+def _environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def ours(folder: Path) -> dict[str, Any]:
+    """`fullrank train`, its plan made before."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    arguments = ["recipe.yaml", "--runs-dir", "runs"]
+    must(measure([sys.executable, "-m", "fullrank", "plan", *arguments], folder, _environment()))
+    done = must(measure([sys.executable, str(ROOT / "benchmarks" / "speed_stage.py"), *arguments], folder, _environment()))
+    rows = _lines(folder / "runs" / "speed" / "train" / "steps.jsonl")
+    flops = json.loads((folder / "flops.json").read_text(encoding="utf-8"))
+    seconds = sum(row["seconds"] for row in rows[1:])
+    return {
+        "flops_utilisation": sum(flops["needed"][1:]) / seconds / flops["best_per_second"],
+        "best_gflops_of_products": flops["best_per_second"] / 1e9,
+        "step_seconds": [row["seconds"] for row in rows],
+        "losses": [row["loss"] for row in rows],
+        "tokens": sum(row["tokens"] for row in rows),
+        "computed_tokens": sum(row["computed_tokens"] for row in rows),
+        **_told(done),
+    }
+
+
+def theirs(way: str, folder: Path, model: Path, batch: int, longest: int, interpreter: str) -> dict[str, Any]:
+    """The peer in one of its ways."""
+    program = [interpreter, str(ROOT / "benchmarks" / "speed_peer.py"), "train.jsonl", str(model), "--as", way]
+    program += ["--batch", str(batch), "--learning-rate", str(RATE), "--max-length", str(longest)]
+    # What a newcomer types sets no threads: the peer's launcher then takes one.
+    environment = {**_environment(), **({"OMP_NUM_THREADS": "1"} if way == "newcomer" else {})}
+    done = must(measure(program, folder, {**environment, "HF_HOME": str(folder / "hf")}))
+    said = json.loads(done.output.splitlines()[-1])
+    return {"step_seconds": said["seconds"], "losses": said["losses"], **_told(done)}
+
+
+def _told(done: Measured) -> dict[str, Any]:
+    return {"first_step_seconds": done.between("start", "first"), "peak_pss": done.memory()["peak_pss"]}
+
+
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of numbers; what is the same in every round is told once."""
+    found: dict[str, Any] = {}
+    for key, value in runs[0].items():
+        if isinstance(value, int | float):
+            found[key] = statistics.median(run[key] for run in runs)
+    found["examples_per_second_of_rounds"] = [run["examples_per_second"] for run in runs]
+    found["mean_loss"] = statistics.fmean(runs[0]["losses"])
+    return found
+
+
+def targets(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours against the peer's defaults and its best."""
+    wanted = {"rasbt": (2.2, 1.8, 0.9), "gsm8k": (2.2, 1.6, 0.5)}
+    found = []
+    for name, (defaults, best, memory) in wanted.items():
+        if name not in figures or "defaults" not in figures[name]:
+            continue
+        case = figures[name]
+        own = case["ours"]
+        peers = {way: case[way] for way in CASES[name][2] if way in case and way not in APART}
+        fastest = max(peers, key=lambda way: peers[way]["examples_per_second"])
+        for words, way, least in (("its defaults", "defaults", defaults), (f"its best setting ({fastest})", fastest, best)):
+            times = own["examples_per_second"] / peers[way]["examples_per_second"]
+            found.append(target(f"{name}: examples a second against TRL, {words}", least, times, "times", at_most=False))
+        words = f"{name}: operations of the needed matrix products over step time, of the best square product's"
+        found.append(target(words, 0.85, own["flops_utilisation"], "ratio", at_most=False))
+        ratio = own["peak_pss"] / peers["defaults"]["peak_pss"]
+        found.append(target(f"{name}: peak memory against TRL, its defaults", memory, ratio, "times", at_most=True))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""`fullrank train`, as the command line runs it, saying what it is at: what `speed.py` runs and measures.
+
+    python benchmarks/speed_stage.py RECIPE --runs-dir FOLDER
+
+Marks (`measure.mark`): import, start once every library is imported, first when the first step is done, end. Writes `flops.json`:
+the operations that each step's matrix products need, and the best rate of square products in this process afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import mark
+
+
+def main() -> None:
+    """Runs the command with these arguments."""
+    mark("import")
+    from fullrank.cli.app import main as fullrank
+    from fullrank.models.flops import needed_flops
+    from fullrank.parallel.single import SingleDevice
+    from fullrank.train import stage
+
+    write_row, step = stage._Training._write_row, SingleDevice.step
+    needed: list[int] = []
+
+    def marking(self: Any, row: Any) -> None:
+        if row.step == 1:
+            mark("first")
+        write_row(self, row)
+
+    def counting(self: Any, micro_batches: Any, *rest: Any, **named: Any) -> Any:
+        rows = list(micro_batches)
+        outcome = step(self, rows, *rest, **named)
+        needed.append(sum(needed_flops(self.rows, row) for row in rows))
+        return outcome
+
+    stage._Training._write_row = marking  # type: ignore[method-assign]
+    SingleDevice.step = counting  # type: ignore[method-assign]
+    mark("start")
+    sys.argv = ["fullrank", "train", *sys.argv[1:]]
+    try:
+        fullrank()
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+    finally:
+        mark("end")
+    Path("flops.json").write_text(json.dumps({"needed": needed, "best_per_second": product_rate()}), encoding="utf-8")
+
+
+def product_rate() -> float:
+    """Operations a second of the fastest fp32 product of square matrices."""
+    import torch
+
+    best = 0.0
+    for size in (1024, 2048, 4096):
+        one, other = torch.randn(size, size), torch.randn(size, size)
+        for _ in range(5):
+            started = time.perf_counter()
+            torch.mm(one, other)
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+if __name__ == "__main__":
+    main()
