@@ -68,14 +68,15 @@ def chats(name: str, folder: Path) -> list[list[dict[str, str]]]:
         asked = [row["instruction"] + (f"\n{row['input']}" if row["input"] else "") for row in rows]
         return [_exchange(question, row["output"]) for question, row in zip(asked, rows, strict=True)]
     if name == "gsm8k":
-        return [_exchange(row["question"], row["answer"]) for row in _lines(folder / "gsm8k" / "train.jsonl")]
+        return [row["messages"] for row in _lines(folder / "gsm8k" / "train.jsonl")]
     rows = _lines(folder / "fastchat_multiturn" / "conversations.jsonl")
     roles = {"human": "user", "gpt": "assistant"}
     return [[{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]] for row in rows]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # its lines end in new lines only, whatever their texts hold
+        return [json.loads(line) for line in file]
 
 
 def _exchange(question: str, answer: str) -> list[dict[str, str]]:

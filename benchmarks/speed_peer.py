@@ -100,7 +100,7 @@ def main() -> None:
             tokenizer.chat_template = training_template(tokenizer.chat_template)
             settings = SFTConfig(
                 **common,
-                max_length=options.max_length,
+                max_length=None if options.way == "padding-free" else options.max_length,  # it refuses one
                 assistant_only_loss=True,
                 padding_free=options.way == "padding-free",
                 packing=options.way == "packed",
