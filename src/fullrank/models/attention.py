@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from fullrank.sequences.forest import Segment
 from fullrank.sequences.layout import MicroBatch
@@ -75,6 +75,19 @@ def attend(
 
 # transformers makes no mask for an attention whose name it knows no masks for.
 AttentionInterface.register(NAME, attend)
+
+
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """The window of each layer as a configuration has it: a token attends to itself and the window - 1 before it; None: all."""
+    text: Any = config.get_text_config()
+    window: int | None = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or [None if window is None else "sliding_attention"] * text.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def windows_met(row: MicroBatch) -> set[int | None]:
+    """The windows with which layers have attended to a row."""
+    return {key[1] for key in row.memo if key[0] in ("blocks", "mask")}
 
 
 def _remembered(row: MicroBatch, key: tuple[Any, ...], make: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fullrank.models.attention import windows_of
 from fullrank.models.rows import RowModel
 from fullrank.sequences.layout import MicroBatch
 
@@ -37,19 +38,9 @@ def needed_flops(rows: RowModel, batch: MicroBatch) -> int:
             total += int(6 * parameter.numel() * share * (kept if f".{last}" in f".{name}" else batch.tokens))
     heads = int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return total + 12 * width * sum(_pairs(batch, window) for window in _windows(rows))
+    return total + 12 * width * sum(_pairs(batch, window) for window in windows_of(model.config))
 
 
 def _pairs(batch: MicroBatch, window: int | None) -> int:
     seen_T = batch.position_ids_1T[0] + 1
     return int((seen_T if window is None else seen_T.clamp(max=window)).sum())
-
-
-def _windows(rows: RowModel) -> list[int | None]:
-    """The window of each layer."""
-    config = rows.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fullrank.models.attention import attending_to_rows
+from fullrank.models.attention import attending_to_rows, windows_met, windows_of
 from fullrank.models.tuned import Tuned
 from fullrank.sequences.head import Head
 from fullrank.sequences.layout import MicroBatch, row_of
@@ -47,10 +47,8 @@ class RowModel:
         self.trims = self.head is not None and _trims(self)
         if self.shares and _drops(model):
             # One draw for all examples that share a beginning is another step than one for each.
-            self.shares, self.why = (
-                False,
-                "this model is trained with dropout, which draws for every example anew: no beginning is shared",
-            )
+            self.shares = False
+            self.why = "this model is trained with dropout, which draws for every example anew: no beginning is shared"
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -139,11 +137,13 @@ def _trial(rows: RowModel) -> tuple[bool, bool, str]:
                 return False, False, f"this model's forward pass takes no rows ({error}): one example a row"
     if not found[False]:
         return False, False, "examples that share a row reach one another in this model: one example a row"
-    return (
-        True,
-        found[True],
-        "" if found[True] else "examples that begin alike do not have one beginning in this model: nothing is shared",
-    )
+    told = set(windows_of(rows.model.config))
+    if windows_met(batch) != told:
+        # The trial's examples are shorter than most windows: it would not see one that the mask alone used to hold.
+        return False, False, f"this model's layers do not tell their windows ({sorted(map(str, told))}): one example a row"
+    if not found[True]:
+        return True, False, "examples that begin alike do not have one beginning in this model: nothing is shared"
+    return True, True, ""
 
 
 def _drops(model: PreTrainedModel) -> bool:

@@ -81,3 +81,22 @@ def test_a_small_leak_is_no_rounding() -> None:
     model.forward = leaky
     rows = RowModel(model)
     assert not rows.packs and "reach one another" in rows.why
+
+
+def test_a_window_that_the_layers_do_not_tell_is_found_out() -> None:
+    """Windows are longer than the examples of a trial: one that only a mask held would be lost without a trace."""
+    model = tiny.model("mistral", sliding_window=500)
+    assert RowModel(model).packs
+    model.config.sliding_window = None  # what its layers are given from now on ...
+    told = model.config.get_text_config
+    model.config.get_text_config = lambda *a, **k: _WithWindow(told(*a, **k))  # ... and what the configuration says
+    rows = RowModel(model)
+    assert not rows.packs and "do not tell their windows" in rows.why
+
+
+class _WithWindow:
+    def __init__(self, config: Any) -> None:
+        self._config, self.sliding_window = config, 500
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
