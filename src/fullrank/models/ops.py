@@ -35,16 +35,12 @@ class Linear(torch.autograd.Function):
         grad_NO, weight = grad.flatten(0, -2), ctx.weight
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         if weight.requires_grad:
-            add_product(weight, grad_NO.t(), x.flatten(0, -2))
+            x_NI = x.flatten(0, -2)
+            if weight.grad is None:
+                weight.grad = grad_NO.t() @ x_NI
+            else:
+                weight.grad.addmm_(grad_NO.t(), x_NI)
         return grad_x, None, grad_NO.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def add_product(weight: nn.Parameter, left_ON: torch.Tensor, right_NI: torch.Tensor) -> None:
-    """Adds a matrix product to a parameter's gradient."""
-    if weight.grad is None:
-        weight.grad = left_ON @ right_NI
-    else:
-        weight.grad.addmm_(left_ON, right_NI)
 
 
 class Embedding(torch.autograd.Function):

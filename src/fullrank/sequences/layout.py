@@ -71,7 +71,7 @@ class MicroBatch:
 def needed_tokens(example: Example) -> int:
     """Tokens that a causal model must be given: those before the last supervised one, which is only predicted.
 
-    None where nothing is supervised that has a token before it.
+    0 where nothing is supervised that has a token before it.
     """
     supervised = np.flatnonzero(example.supervised)
     return int(supervised[-1]) if len(supervised) else 0
