@@ -13,7 +13,7 @@ import pytest
 
 from fullrank.parallel.quiet import between_steps, quiet
 
-#: In a process of its own, whose C library always gives large arrays back: left to itself, it depends on all it was asked for before.
+#: In a process of its own, whose C library always gives large arrays back: left to itself, it depends on what came before.
 FIXED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
 PROGRAM = """
 import json, resource
