@@ -29,6 +29,8 @@ def test_products_are_those_that_torch_counts(tmp_path: Path, family: str) -> No
         model(input_ids=torch.from_numpy(ids[None, :-1])).logits.sum().backward()
     # torch counts every score of T x T; a causal model, its window aside, needs those of the lower triangle.
     counted = counter.get_total_flops() - 2 * 12 * WIDTH * T * T
+    # Some versions of transformers make the rotary angles by a product of matrices, others by one of elements.
+    counted -= sum(sum(of.values()) for name, of in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
     batch = row_of([(0, Example(ids, np.ones(T + 1, np.bool_)))], shared=True)
     windows = {"gemma3": (tiny.WINDOW, T)}.get(family, (T, T))
     pairs = sum(min(n + 1, window) for window in windows for n in range(T))
