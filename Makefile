@@ -3,6 +3,7 @@
 #   make quickstart            a real model fully fine-tuned on this CPU, with a report
 #   make test                  the test suite            make test-all   with the long grids
 #   make check                 lint, types, layers       make test-lowest   lowest declared transformers (and torch)
+#   make bench-speed TEXT=DIR  steps beside TRL's and transformers', in an environment of their own; DIR holds the data sets
 #
 # PYTHON=python3.12                   another interpreter
 # TORCH_INDEX=URL                     fetch torch from this index, such as the CPU-only one that pytorch.org's installer names
@@ -10,12 +11,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PEER = .venv-peer
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS = gguf,rouge,report,data
 SETTINGS = pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-all test-lowest check format bench-quickstart clean
+.PHONY: quickstart test test-all test-lowest check format bench-quickstart bench-speed clean
 
 quickstart: $(VENV)/.installed
 	@echo "environment: $(VENV)"
@@ -40,6 +42,9 @@ format: $(VENV)/.installed-dev
 bench-quickstart: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/quickstart.py
 
+bench-speed: $(VENV)/.installed-dev $(PEER)/.installed
+	$(BIN)/python benchmarks/speed.py --text $(TEXT) --peer $(PEER)/bin/python
+
 test-lowest:
 	$(PYTHON) tests/lowest.py
 
@@ -54,5 +59,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[$(EXTRAS),dev]"
 	@touch $@
 
+$(PEER)/.installed: constraints.txt
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt torch
+	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt trl transformers accelerate datasets psutil
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	rm -rf $(VENV) $(PEER) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

@@ -1,7 +1,7 @@
 """How fast a step is, and in how much memory, beside TRL and transformers on the same examples.
 
     python benchmarks/speed.py --text FOLDER --peer .venv-peer/bin/python
-    python benchmarks/speed.py --text FOLDER --data rasbt --steps 4 --rounds 1 --dry       a trial
+    python benchmarks/speed.py --text FOLDER --data rasbt --steps 4 --rounds 1 --dry       a trial, within one environment
 
 Ours is `fullrank train`, theirs `speed_peer.py`; each is a process of its own, one after the other, round after round, with the
 same threads, fp32 (what a newcomer gets, bf16 and one thread, apart), the same chats, batch and learning rate, one epoch in an
@@ -35,13 +35,13 @@ from fullrank.recipe import AuditKind
 
 MODEL = "smollm2-135m-instruct"
 RATE = 1e-5
-#: data -> (batch, longest example in tokens, ways of the peer; the first is its defaults)
-CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "rasbt": (8, 1024, ("defaults", "plain", "padding-free", "transformers", "packed", "newcomer")),
-    "gsm8k": (16, 1024, ("defaults", "plain", "padding-free", "transformers")),
-    "fastchat": (4, 2048, ("defaults", "plain", "padding-free")),
+#: data -> (batch, steps beside the first, longest example in tokens, ways of the peer; the first is its defaults)
+CASES: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
+    "rasbt": (8, 8, 1024, ("defaults", "plain", "padding-free", "transformers", "packed", "newcomer")),
+    "gsm8k": (16, 2, 1024, ("defaults", "plain", "padding-free", "transformers")),
+    "fastchat": (4, 8, 2048, ("defaults", "plain", "padding-free", "transformers")),
 }
-#: Ways in which other examples, or another type, make up an update.
+#: Ways in which other examples, or another type, make up an update: told apart, from one round.
 APART = ("packed", "newcomer")
 _RECIPE = """\
 name: speed
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--data", nargs="*", choices=tuple(CASES), default=tuple(CASES))
-    parser.add_argument("--steps", type=int, default=8, help="beside the first")
+    parser.add_argument("--steps", type=int, help="beside the first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", nargs="*", help="of the peer; all by default")
     parser.add_argument("--peer", default=sys.executable, help="the interpreter of an environment with TRL")
@@ -97,7 +97,6 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="fullrank-bench-"))
     try:
         figures: dict[str, Any] = {
-            "steps": options.steps,
             "rounds": options.rounds,
             "threads": os.cpu_count(),
             "peer_versions": _versions(options.peer),
@@ -126,8 +125,9 @@ def _versions(interpreter: str) -> dict[str, str]:
 
 def compared(name: str, folder: Path, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All ways on one data set."""
-    batch, longest, ways = CASES[name]
-    count = batch * (options.steps + 1)
+    batch, steps, longest, ways = CASES[name]
+    steps = options.steps or steps
+    count = batch * (steps + 1)
     rows = chats(name, options.text)
     _write(folder / "train.jsonl", rows[:count])
     _write(folder / "validation.jsonl", rows[count : count + 1])
@@ -137,15 +137,17 @@ def compared(name: str, folder: Path, model: Path, options: argparse.Namespace) 
     runs: dict[str, list[dict[str, Any]]] = {}
     for number in range(options.rounds):
         for way in ("ours", *(way for way in ways if not options.ways or way in options.ways)):
+            if number and way in APART:
+                continue
             found = ours(folder) if way == "ours" else theirs(way, folder, model, batch, longest, options.peer)
-            found["examples_per_second"] = batch * options.steps / sum(found["step_seconds"][1:])
+            found["examples_per_second"] = batch * steps / sum(found["step_seconds"][1:])
             print(name, f"round {number + 1}", way, json.dumps(found), flush=True)
             runs.setdefault(way, []).append(found)
     medians = {way: _median(found) for way, found in runs.items()}
     losses = {way: found["mean_loss"] for way, found in medians.items() if way not in APART}
     if max(losses.values()) > 1.05 * min(losses.values()):
         raise SystemExit(f"{name}: not the same was trained: {losses}")
-    return {"batch": batch, "examples": count, **medians}
+    return {"batch": batch, "steps": steps + 1, **medians}
 
 
 def _write(path: Path, rows: list[list[dict[str, str]]]) -> None:
@@ -211,7 +213,7 @@ def targets(figures: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         case = figures[name]
         own = case["ours"]
-        peers = {way: case[way] for way in CASES[name][2] if way in case and way not in APART}
+        peers = {way: case[way] for way in CASES[name][3] if way in case and way not in APART}
         fastest = max(peers, key=lambda way: peers[way]["examples_per_second"])
         for words, way, least in (("its defaults", "defaults", defaults), (f"its best setting ({fastest})", fastest, best)):
             times = own["examples_per_second"] / peers[way]["examples_per_second"]

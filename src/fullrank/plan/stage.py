@@ -30,9 +30,9 @@ from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 from fullrank.units import format_bytes
 
-#: Tokens of a row beyond which matrix products gain nothing: past a few hundred rows a CPU's are at full rate and longer rows
-#: only spend attention on other examples' tokens (measured, see docs/LOG.md); accelerators want more.
-_ROW_TOKENS = {"cpu": 512, "mps": 2048, "cuda": 16384}
+#: Tokens of a row beyond which matrix products gain nothing: past some hundreds a CPU's are at full rate, and longer rows only
+#: hold more activations (measured, see docs/LOG.md); accelerators want more.
+_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 #: Steps whose layout is looked at for the largest row.
 _STEPS_LOOKED_AT = 200
 
