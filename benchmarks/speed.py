@@ -6,8 +6,9 @@
 Ours is `fullrank train`, theirs `speed_peer.py`; each is a process of its own, one after the other, round after round, with the
 same threads, fp32 (what a newcomer gets, bf16 and one thread, apart), the same chats, batch and learning rate, one epoch in an
 order of its own. The first step of each is told apart (latency: from when libraries are imported to when it is done). Examples a
-second are those of all other steps over their seconds; medians over the rounds are told. Memory is the peak of the process tree
-(PSS, `measure.py`). Mean losses that are not alike would mean that something else was trained: then nothing is written.
+second are those of all other steps over their seconds; medians over the rounds are told. Memory is the most that the process
+ever held (the system's own count of its resident pages). Mean losses that are not alike would mean that something else was
+trained: then nothing is written.
 
     rasbt     short instructions, the template's system prompt before each: batch 8
     gsm8k     questions and worked answers of varied length: batch 16
@@ -27,7 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-from measure import Measured, measure, must
+from measure import measure, must
 from record import ROOT, target, write
 
 from fullrank.models.embedded import folder_of
@@ -163,7 +164,9 @@ def ours(folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder / "runs", ignore_errors=True)
     arguments = ["recipe.yaml", "--runs-dir", "runs"]
     must(measure([sys.executable, "-m", "fullrank", "plan", *arguments], folder, _environment()))
-    done = must(measure([sys.executable, str(ROOT / "benchmarks" / "speed_stage.py"), *arguments], folder, _environment()))
+    program = [sys.executable, str(ROOT / "benchmarks" / "speed_stage.py")]
+    done = must(measure([*program, *arguments], folder, _environment(), looks_on=False))
+    plan = json.loads((folder / "runs" / "speed" / "plan.json").read_text(encoding="utf-8"))
     rows = _lines(folder / "runs" / "speed" / "train" / "steps.jsonl")
     flops = json.loads((folder / "flops.json").read_text(encoding="utf-8"))
     seconds = sum(row["seconds"] for row in rows[1:])
@@ -174,7 +177,10 @@ def ours(folder: Path) -> dict[str, Any]:
         "losses": [row["loss"] for row in rows],
         "tokens": sum(row["tokens"] for row in rows),
         "computed_tokens": sum(row["computed_tokens"] for row in rows),
-        **_told(done),
+        "first_step_seconds": done.between("start", "first"),
+        "peak_rss": flops["peak_rss"],
+        "peak_planned": plan["peak_bytes_predicted"],
+        "seconds_planned": plan["train_seconds_predicted"],
     }
 
 
@@ -184,13 +190,14 @@ def theirs(way: str, folder: Path, model: Path, batch: int, longest: int, interp
     program += ["--batch", str(batch), "--learning-rate", str(RATE), "--max-length", str(longest)]
     # What a newcomer types sets no threads: the peer's launcher then takes one.
     environment = {**_environment(), **({"OMP_NUM_THREADS": "1"} if way == "newcomer" else {})}
-    done = must(measure(program, folder, {**environment, "HF_HOME": str(folder / "hf")}))
+    done = must(measure(program, folder, {**environment, "HF_HOME": str(folder / "hf")}, looks_on=False))
     said = json.loads(done.output.splitlines()[-1])
-    return {"step_seconds": said["seconds"], "losses": said["losses"], **_told(done)}
-
-
-def _told(done: Measured) -> dict[str, Any]:
-    return {"first_step_seconds": done.between("start", "first"), "peak_pss": done.memory()["peak_pss"]}
+    return {
+        "step_seconds": said["seconds"],
+        "losses": said["losses"],
+        "first_step_seconds": done.between("start", "first"),
+        "peak_rss": said["peak_rss"],
+    }
 
 
 def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -220,7 +227,7 @@ def targets(figures: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(target(f"{name}: examples a second against TRL, {words}", least, times, "times", at_most=False))
         words = f"{name}: operations of the needed matrix products over step time, of the best square product's"
         found.append(target(words, 0.85, own["flops_utilisation"], "ratio", at_most=False))
-        ratio = own["peak_pss"] / peers["defaults"]["peak_pss"]
+        ratio = own["peak_rss"] / peers["defaults"]["peak_rss"]
         found.append(target(f"{name}: peak memory against TRL, its defaults", memory, ratio, "times", at_most=True))
     return found
 

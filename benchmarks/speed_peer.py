@@ -10,13 +10,15 @@
     transformers `Trainer` of transformers, without recomputation
 
 Every way learns what assistants wrote, from chats rendered by the model's template. Prints one JSON line: seconds of each step,
-its loss, and the threads. Marks (`measure.mark`): import, start, first (the first step is done), end.
+its loss, the threads, and the peak of the process's memory. Marks (`measure.mark`): import, start, first (the first step is
+done), end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -108,7 +110,9 @@ def main() -> None:
             trainer = SFTTrainer(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock])
         trainer.train()
     mark("end")
-    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses, "threads": torch.get_num_threads()}))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    said = {"seconds": clock.seconds, "losses": clock.losses, "threads": torch.get_num_threads(), "peak_rss": peak}
+    print(json.dumps(said))
 
 
 def _tokenized(example: dict[str, Any], tokenizer: Any, template: str) -> dict[str, Any]:

@@ -3,12 +3,14 @@
     python benchmarks/speed_stage.py RECIPE --runs-dir FOLDER
 
 Marks (`measure.mark`): import, start once every library is imported, first when the first step is done, end. Writes `flops.json`:
-the operations that each step's matrix products need, and the best rate of square products in this process afterwards.
+the operations that each step's matrix products need, the peak of the process's memory, and the best rate of square products in
+this process afterwards.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -50,7 +52,9 @@ def main() -> None:
             raise
     finally:
         mark("end")
-    Path("flops.json").write_text(json.dumps({"needed": needed, "best_per_second": product_rate()}), encoding="utf-8")
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    facts = {"needed": needed, "peak_rss": peak, "best_per_second": product_rate()}
+    Path("flops.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def product_rate() -> float:
