@@ -39,7 +39,7 @@ RATE = 1e-5
 #: data -> (batch, steps beside the first, longest example in tokens, ways of the peer; the first is its defaults)
 CASES: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "rasbt": (8, 8, 1024, ("defaults", "plain", "padding-free", "transformers", "packed", "newcomer")),
-    "gsm8k": (16, 2, 1024, ("defaults", "plain", "padding-free", "transformers")),
+    "gsm8k": (16, 1, 1024, ("defaults", "plain", "padding-free", "transformers")),
     "fastchat": (4, 8, 2048, ("defaults", "plain", "padding-free", "transformers")),
 }
 #: Ways in which other examples, or another type, make up an update: told apart, from one round.

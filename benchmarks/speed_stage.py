@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ from measure import mark
 def main() -> None:
     """Runs the command with these arguments."""
     mark("import")
+    import torch
+
     from fullrank.cli.app import main as fullrank
     from fullrank.models.flops import needed_flops
+    from fullrank.parallel.device import best_product_rate
     from fullrank.parallel.single import SingleDevice
     from fullrank.train import stage
 
@@ -53,22 +55,8 @@ def main() -> None:
     finally:
         mark("end")
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    facts = {"needed": needed, "peak_rss": peak, "best_per_second": product_rate()}
+    facts = {"needed": needed, "peak_rss": peak, "best_per_second": best_product_rate(torch.device("cpu"), torch.float32)}
     Path("flops.json").write_text(json.dumps(facts), encoding="utf-8")
-
-
-def product_rate() -> float:
-    """Operations a second of the fastest fp32 product of square matrices."""
-    import torch
-
-    best = 0.0
-    for size in (1024, 2048, 4096):
-        one, other = torch.randn(size, size), torch.randn(size, size)
-        for _ in range(5):
-            started = time.perf_counter()
-            torch.mm(one, other)
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
 
 
 if __name__ == "__main__":

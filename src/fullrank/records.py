@@ -355,8 +355,9 @@ class Plan(StageRecord):
     """Share of them that are not computed, because examples of a row begin alike; over the first steps."""
     micro_batch_tokens: int
     """Most tokens one flat row holds."""
-    recompute: Literal["none", "block"]
-    """Activation checkpointing: block recomputes each transformer block's activations in the backward pass."""
+    recompute: Literal["none", "selective", "block", "offload"]
+    """What of a block's activations is made again in the backward pass: nothing; all but products and attention; all; all, what
+    is kept waiting in host memory."""
     ledger: list[LedgerLine]
     peak_bytes_predicted: int
     disk_bytes_predicted: int
@@ -366,6 +367,90 @@ class Plan(StageRecord):
     fits: bool
     refusal: str
     """Empty when it fits; otherwise what does not, and the smallest change that would."""
+
+    @property
+    def recomputed(self) -> str:
+        """`recompute` in words."""
+        again = "again in the backward pass"
+        return {
+            "none": "nothing recomputed",
+            "selective": f"norms and products of elements computed {again}",
+            "block": f"blocks computed {again}",
+            "offload": f"blocks computed {again}, from inputs in host memory",
+        }[self.recompute]
+
+
+# ---- profile --------------------------------------------------------------------------------------------------------
+
+
+class ModuleTime(Record):
+    """One module of every block, or one beside the blocks, in a step."""
+
+    module: str
+    """Its name, `*` standing for the number of the block."""
+    calls: int
+    """Forward passes a step."""
+    forward_seconds: float
+    """Without the modules inside it, as all seconds here."""
+    backward_seconds: float
+    ratio: float
+    """Share of the timed parts of the step."""
+    flops_per_second: float | None
+    """Of a linear module's three products: forward, and the gradients of input and weight."""
+
+
+class MemoryPart(Record):
+    """One part of the memory ledger, as planned and as found."""
+
+    part: str
+    planned_bytes: int
+    measured_bytes: int | None
+    """None where it cannot be told apart."""
+
+
+class Profile(Record):
+    """`profile.json`: where the time and the memory of a step go."""
+
+    device_name: str
+    threads: int
+    steps: int
+    """That were timed, after the first."""
+    first_step_seconds: float
+    step_seconds: float
+    """Median, as training itself runs."""
+    steps_planned: int
+    """Of the whole run."""
+    examples_per_second: float
+    tokens_per_second: float
+    """Of the examples' tokens, shared ones counted for each."""
+    phases: dict[str, float]
+    """Seconds a step of data wait, forward, head, backward and optimizer, one after the other."""
+    modules: list[ModuleTime]
+    """The longest first."""
+    needed_flops: int
+    """Operations a step of the matrix products that it needs (`fullrank.models.flops`), median."""
+    best_flops_per_second: float
+    """The fastest product of square matrices of the compute type, 1,024 to 4,096 wide (accelerators: to 8,192), measured here."""
+    utilisation: float
+    """needed_flops / step_seconds / best_flops_per_second: model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B)
+    against a measured ceiling."""
+    rows_per_step: float
+    row_tokens: int
+    """Median of the rows."""
+    separate_tokens: int
+    """Tokens of the timed steps' examples."""
+    computed_tokens: int
+    """Those that were computed."""
+    padded_tokens: int
+    """Those of the same steps as batches padded to their longest example."""
+    predictions: int
+    """Positions that had logits."""
+    memory: list[MemoryPart]
+    peak_bytes_planned: int
+    peak_bytes: int
+    """Of the process; of the device, where tensors live on an accelerator."""
+    advice: list[str]
+    """What to change, the most rewarding first."""
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -53,6 +53,10 @@ class Run:
         return self.root / "plan.json"
 
     @property
+    def profile_path(self) -> Path:
+        return self.root / "profile.json"
+
+    @property
     def environment_path(self) -> Path:
         return self.root / "environment.json"
 

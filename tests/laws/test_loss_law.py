@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from fullrank.generation.likelihood import example_losses
 from fullrank.models.rows import RowModel
 from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Train
+from fullrank.sequences import head
 from fullrank.sequences.chat import Tokens
 from fullrank.sequences.layout import micro_batches
 from fullrank.sequences.store import TokenStore
@@ -145,32 +147,42 @@ def check(found: Reference, wanted: Reference, *, loss: float, gradient: float) 
         assert distance <= gradient * max(float(theirs.double().norm()), 1e-3 * everything), name
 
 
-def grid(cases: Sequence[tuple[int, str, str]], *, slow: bool) -> list[Any]:
+def grid(cases: Sequence[tuple[int, str, str, int]], *, slow: bool) -> list[Any]:
     marks = [pytest.mark.slow] if slow else []
-    return [pytest.param(*case, marks=marks, id=f"budget {case[0]}-{case[1]}-recompute {case[2]}") for case in cases]
+    return [pytest.param(*case, marks=marks, id="budget {}-{}-recompute {}-chunk {}".format(*case)) for case in cases]
 
 
 _LAYOUTS = ("shared", "packed", "alone")
-_FULL = [(budget, layout, recompute) for budget in BUDGETS for layout in _LAYOUTS for recompute in ("none", "block")]
-_QUICK = [(50, "shared", "none"), (10_000, "shared", "block"), (50, "packed", "none"), (10_000, "alone", "none")]
+_RECOMPUTE = ("none", "selective", "block", "offload")
+_CHUNKS = (1, 1 << 26)  # bytes of logits at once: of 16 predictions, the fewest, or of all
+_FULL = list(itertools.product(BUDGETS, _LAYOUTS, _RECOMPUTE, _CHUNKS))
+_QUICK = [
+    (50, "shared", "none", 1),
+    (10_000, "shared", "block", 1 << 26),
+    (50, "packed", "selective", 1 << 26),
+    (24, "shared", "offload", 1 << 26),
+    (10_000, "alone", "none", 1 << 26),
+]
 CASES = grid(_QUICK, slow=False) + grid([case for case in _FULL if case not in _QUICK], slow=True)
 
 
-@pytest.mark.parametrize(("budget", "layout", "recompute"), CASES)
+@pytest.mark.parametrize(("budget", "layout", "recompute", "chunk"), CASES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_step_in_fp32_is_its_examples_one_at_a_time(
-    tmp_path: Path, family: str, budget: int, layout: str, recompute: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, budget: int, layout: str, recompute: str, chunk: int
 ) -> None:
+    monkeypatch.setattr(head, "_CHUNK_BYTES", chunk)
     store = tiny.write_store(tmp_path, EXAMPLES)
     found = step_of(model_of(family), store, budget, layout=layout, recompute=recompute)
     check(found, reference(family), loss=1e-6, gradient=1e-5)
 
 
-@pytest.mark.parametrize(("budget", "layout", "recompute"), CASES)
+@pytest.mark.parametrize(("budget", "layout", "recompute", "chunk"), CASES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_step_in_float64_is_its_examples_one_at_a_time(
-    tmp_path: Path, family: str, budget: int, layout: str, recompute: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, budget: int, layout: str, recompute: str, chunk: int
 ) -> None:
+    monkeypatch.setattr(head, "_CHUNK_BYTES", chunk)
     store = tiny.write_store(tmp_path, EXAMPLES)
     model = doubled(model_of(family))
     with everything_double():

@@ -23,7 +23,7 @@ from fullrank.units import format_bytes, format_count, format_seconds, plural
 _QUIET_SECONDS = 5.0
 #: Columns of a terminal that has room for a bar beside the facts of a step.
 _ROOM_FOR_A_BAR = 120
-_VERBS = {"data": "preparing data", "plan": "planning", "train": "training", "evaluate": "evaluating"}
+_VERBS = {"data": "preparing data", "plan": "planning", "train": "training", "evaluate": "evaluating", "profile": "timing steps"}
 
 
 class Console:
@@ -216,7 +216,7 @@ def plan_text(plan: Plan) -> str:
         f"{format_count(plan.train_tokens)} tokens",
         f"  rows of {plan.micro_batch_tokens} tokens"
         + (f", ratio {plan.shared_ratio:.2f} of the tokens shared and computed once" if plan.shared_ratio >= 0.005 else "")
-        + (", blocks recomputed in the backward pass" if plan.recompute == "block" else ""),
+        + f", {plan.recomputed}",
         *(f"  {line.part:<12}{format_bytes(line.bytes):>9}   {line.formula}" for line in plan.ledger),
         f"  {'peak':<12}{format_bytes(plan.peak_bytes_predicted):>9}   "
         f"of {format_bytes(plan.machine.memory_available_bytes)} usable",

@@ -1,11 +1,11 @@
-"""Verbs that work on a run: plan, train, evaluate, report, run."""
+"""Verbs that work on a run: plan, profile, train, evaluate, report, run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,27 @@ def register(app: typer.Typer) -> None:
     def plan(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
         """Prepare the data and show steps, memory, disk and time before anything is trained."""
         _work("plan", target, overrides, runs_dir, as_json, _plan_json)
+
+    @app.command()
+    def profile(
+        target: Target,
+        overrides: Overrides = None,
+        steps: Annotated[
+            int, typer.Option("--steps", min=1, help="Steps to time, beside the first; as many again by parts.")
+        ] = 3,
+        runs_dir: RunsDir = RUNS_DIR,
+        as_json: AsJson = False,
+    ) -> None:
+        """Run a few steps and show where their time and memory go, and what to change; nothing is saved of them."""
+        recipe = loaded(target, overrides, runs_dir)
+        with stoppable():
+            from fullrank.cli.console import Console
+            from fullrank.cli.profile_text import profile_text
+            from fullrank.workflows.stages import profile as profiled
+
+            with Console(quiet_results=as_json) as console:
+                run, found = profiled(recipe, runs_dir, console.hear, steps=steps)
+        print(found.model_dump_json() if as_json else f"{profile_text(found)}\nprofile: {run.profile_path}")
 
     @app.command()
     def train(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:

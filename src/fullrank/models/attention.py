@@ -8,7 +8,8 @@ scores; the blocks of a query are put together by those (Milakov & Gimelshein 20
     lse = log(sum_b exp(lse_b)),    out = sum_b exp(lse_b - lse) out_b
 
 and the gradient of each block is the kernel's own, given the out and lse of the whole, since a block's probabilities are
-exp(scores - lse) whatever the other blocks hold.
+exp(scores - lse) whatever the other blocks hold. That is how a CPU does it. An accelerator has flex attention, where a trial
+shows it to be right; what neither can do (dropout, attention sinks) is done with every score of the row and a mask.
 
 Shape legend: H heads, K key-value heads, T tokens of the row, D size of a head.
 """
@@ -16,11 +17,13 @@ Shape legend: H heads, K key-value heads, T tokens of the row, D size of a head.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from fullrank.sequences.forest import Segment
@@ -30,11 +33,15 @@ from fullrank.sequences.layout import MicroBatch
 NAME = "fullrank"
 
 
+#: The same with flex attention where it can be.
+FLEX_NAME = "fullrank_flex"
+
+
 @contextlib.contextmanager
-def attending_to_rows(model: PreTrainedModel) -> Iterator[None]:
+def attending_to_rows(model: PreTrainedModel, *, flex: bool = False) -> Iterator[None]:
     """Inside, the model attends over the segments of the row that its forward pass is given (`row=`), and to nothing else."""
     usual = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(FLEX_NAME if flex else NAME)
     try:
         yield
     finally:
@@ -54,6 +61,7 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     row: MicroBatch | None = None,
+    flex: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query_1HTD, key_1KTD, value_1KTD -> out_1THD.
@@ -67,6 +75,17 @@ def attend(
     if query.device.type == "cpu" and not dropout and softcap is None and s_aux is None:
         blocks = _remembered(row, ("blocks", sliding_window, query.dtype), _row_blocks)
         out: torch.Tensor = _Blockwise.apply(query, key, value, blocks, scale)  # type: ignore[no-untyped-call]
+    elif flex and not dropout and s_aux is None:
+        block_mask = _remembered(row, ("flex", sliding_window, query.device), _row_block_mask)
+        out = _compiled_flex()(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else _capped(softcap),
+            block_mask=block_mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     else:
         mask_TT = _remembered(row, ("mask", sliding_window, query.device), _row_mask)
         out = _dense(query, key, value, mask_TT, scale, dropout, softcap, s_aux)
@@ -75,6 +94,7 @@ def attend(
 
 # transformers makes no mask for an attention whose name it knows no masks for.
 AttentionInterface.register(NAME, attend)
+AttentionInterface.register(FLEX_NAME, functools.partial(attend, flex=True))
 
 
 def windows_of(config: PreTrainedConfig) -> list[int | None]:
@@ -87,7 +107,7 @@ def windows_of(config: PreTrainedConfig) -> list[int | None]:
 
 def windows_met(row: MicroBatch) -> set[int | None]:
     """The windows with which layers have attended to a row."""
-    return {key[1] for key in row.memo if key[0] in ("blocks", "mask")}
+    return {key[1] for key in row.memo if key[0] in ("blocks", "mask", "flex")}
 
 
 def _remembered(row: MicroBatch, key: tuple[Any, ...], make: Any) -> Any:
@@ -100,12 +120,17 @@ def _remembered(row: MicroBatch, key: tuple[Any, ...], make: Any) -> Any:
 # ---- every score, masked --------------------------------------------------------------------------------------------
 
 
-def _row_mask(row: MicroBatch, window: int | None, device: torch.device) -> torch.Tensor:
-    """mask_TT: whether a query attends to a key."""
+def _below(row: MicroBatch, device: torch.device) -> torch.Tensor:
+    """below_T: where the tokens end that continue a token."""
     below_T = torch.empty(row.tokens, dtype=torch.int64)
     for segment in row.segments:
         below_T[segment.start : segment.end] = segment.below
-    below_T = below_T.to(device)
+    return below_T.to(device)
+
+
+def _row_mask(row: MicroBatch, window: int | None, device: torch.device) -> torch.Tensor:
+    """mask_TT: whether a query attends to a key."""
+    below_T = _below(row, device)
     at_T, positions_T = torch.arange(row.tokens, device=device), row.position_ids_1T[0].to(device)
     mask_TT = (at_T[None, :] <= at_T[:, None]) & (at_T[:, None] < below_T[None, :])
     if window is not None:
@@ -140,6 +165,75 @@ def _dense(
 def _for_every_head(some_1KTD: torch.Tensor, heads: int) -> torch.Tensor:
     groups = heads // some_1KTD.shape[1]
     return some_1KTD if groups == 1 else some_1KTD.repeat_interleave(groups, dim=1)
+
+
+# ---- flex attention -------------------------------------------------------------------------------------------------
+
+# torch's compiled kernel, which skips the blocks of scores that a mask leaves empty (He et al. 2024, Flex Attention). Whether it
+# can be compiled, and is right, is tried on the device at hand (`flex_is_right`) before it is used.
+
+
+def _row_block_mask(row: MicroBatch, window: int | None, device: torch.device) -> BlockMask:
+    below_T, positions_T = _below(row, device), row.position_ids_1T[0].to(device)
+
+    def attends(_: torch.Tensor, __: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        seen = (key <= query) & (query < below_T[key])
+        return seen if window is None else seen & (positions_T[query] - positions_T[key] < window)
+
+    return create_block_mask(attends, None, None, row.tokens, row.tokens, device=device)
+
+
+@functools.cache
+def _capped(cap: float) -> Callable[..., torch.Tensor]:
+    def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+def flex_is_right(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, row: MicroBatch) -> bool:
+    """Whether flex attention compiles here and gives the outputs and gradients of the masked softmax.
+
+    Args:
+        config: of the model whose heads and windows are tried.
+        device: an accelerator.
+        dtype: that attention computes in.
+        row: with shared beginnings.
+    """
+    text: Any = config.get_text_config()
+    heads, key_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    cap = getattr(text, "attn_logit_softcapping", None)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count: int) -> torch.Tensor:
+        values = torch.randn(1, count, row.tokens, size, generator=generator)
+        return values.to(device, dtype).requires_grad_()
+
+    query, key, value = drawn(heads), drawn(key_heads), drawn(key_heads)
+    slope = drawn(heads).detach().transpose(1, 2)
+    try:
+        for window in set(windows_of(config)):
+            found = []
+            for flex in (False, True):
+                out, _ = attend(nn.Module(), query, key, value, None, sliding_window=window, softcap=cap, row=row, flex=flex)
+                found.append([out.detach(), *torch.autograd.grad((out * slope).sum(), [query, key, value])])
+            for plain, own in zip(*found, strict=True):
+                if (plain - own).abs().max() > _ROUNDING[dtype] * plain.abs().max():
+                    return False
+    except Exception:  # whatever a compiler says
+        return False
+    return True
+
+
+#: Largest difference, relative to the largest number, between two ways to add up some dozens of products.
+_ROUNDING = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
 # ---- block by block -------------------------------------------------------------------------------------------------

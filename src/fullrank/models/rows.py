@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fullrank.models.attention import attending_to_rows, windows_met, windows_of
+from fullrank.models.attention import attending_to_rows, flex_is_right, windows_met, windows_of
 from fullrank.models.tuned import Tuned
+from fullrank.sequences.fused import with_fastest
 from fullrank.sequences.head import Head
 from fullrank.sequences.layout import MicroBatch, row_of
 from fullrank.sequences.store import Example
@@ -42,9 +43,12 @@ class RowModel:
         self.tuned = Tuned(model) if adds_gradients and is_plain else None
         self.head: Head | None = None
         self.trims = False
+        self._flex = model.device.type != "cpu" and _flex_is_right(model)
         self.packs, self.shares, self.why = _trial(self)
         self.head = _head_of(self)
         self.trims = self.head is not None and _trims(self)
+        if self.head is not None and model.device.type != "cpu":
+            self.head = with_fastest(self.head, model.device, _compute_type(model))
         if self.shares and _drops(model):
             # One draw for all examples that share a beginning is another step than one for each.
             self.shares = False
@@ -57,7 +61,7 @@ class RowModel:
             if self.tuned is not None:
                 stack.enter_context(self.tuned())
             if self.packs:
-                stack.enter_context(attending_to_rows(self.model))
+                stack.enter_context(attending_to_rows(self.model, flex=self._flex))
             if self.trims:
                 stack.enter_context(_trimmed(self.model))
             yield
@@ -144,6 +148,17 @@ def _trial(rows: RowModel) -> tuple[bool, bool, str]:
     if not found[True]:
         return True, False, "examples that begin alike do not have one beginning in this model: nothing is shared"
     return True, True, ""
+
+
+def _flex_is_right(model: PreTrainedModel) -> bool:
+    row = row_of(list(enumerate(_examples(model))), shared=True).to(model.device)
+    return flex_is_right(model.config, model.device, _compute_type(model), row)
+
+
+def _compute_type(model: PreTrainedModel) -> torch.dtype:
+    """Of products: bf16 where the device has it, as in training (`fullrank.parallel.device.resolve_precision`)."""
+    has_bf16 = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else model.dtype
 
 
 def _drops(model: PreTrainedModel) -> bool:

@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from transformers import PreTrainedModel
 
 from fullrank.models.rows import RowModel
 from fullrank.optim.adamw import adamw
 from fullrank.parallel.engine import EngineState, StepOutcome
+from fullrank.parallel.recompute import recompute_blocks
 from fullrank.recipe import Train
 from fullrank.sequences.layout import MicroBatch
-from fullrank.sequences.loss import add_gradients, token_losses
+from fullrank.sequences.loss import Watch, add_gradients, token_losses, unwatched
 
 
 class SingleDevice:
@@ -23,7 +23,7 @@ class SingleDevice:
     Args:
         rows: the model, fp32 weights on the device, as it takes rows.
         train: the recipe's training section, `precision` resolved.
-        recompute: `block` recomputes each transformer block's activations in the backward pass.
+        recompute: none, selective, block or offload, see `fullrank.parallel.recompute`.
     """
 
     def __init__(self, rows: RowModel, train: Train, *, recompute: str) -> None:
@@ -32,11 +32,12 @@ class SingleDevice:
         self.device = next(model.parameters()).device
         self._max_grad_norm = train.max_grad_norm
         self._precision = train.precision
+        self.recompute = recompute
         self._optimizer = adamw(model, train.optimizer)
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._reached: dict[str, bool] = dict.fromkeys(self._named, False)
-        if recompute == "block":
-            _recompute_blocks(model)
+        self.watch: Watch = unwatched
+        recompute_blocks(model, recompute)
 
     def step(
         self, micro_batches: Iterable[MicroBatch], supervised_tokens: int, *, learning_rate: float, seed: int
@@ -48,9 +49,10 @@ class SingleDevice:
             with self.rows.ready():
                 for batch in micro_batches:
                     if batch.supervised_tokens:
-                        with self._compute_type():
-                            loss += add_gradients(self.rows, batch.to(self.device), supervised_tokens)
-            return self._update(loss, learning_rate)
+                        with self.compute_type():
+                            loss += add_gradients(self.rows, batch.to(self.device), supervised_tokens, self.watch)
+            with self.watch("optimizer"):
+                return self._update(loss, learning_rate)
         finally:
             self._optimizer.zero_grad(set_to_none=True)
 
@@ -75,11 +77,12 @@ class SingleDevice:
     def losses(self, micro_batches: Iterable[MicroBatch]) -> Iterator[torch.Tensor]:
         self.model.eval()
         for batch in micro_batches:
-            with self.rows.ready(), self._compute_type():
+            with self.rows.ready(), self.compute_type():
                 losses_S = token_losses(self.rows, batch.to(self.device))
             yield losses_S
 
-    def _compute_type(self) -> contextlib.AbstractContextManager[object]:
+    def compute_type(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast, where the precision asks for it."""
         if self._precision == "bf16-mixed":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
@@ -118,12 +121,3 @@ class SingleDevice:
 
     def never_reached(self) -> set[str]:
         return {name for name, reached in self._reached.items() if not reached}
-
-
-def _recompute_blocks(model: PreTrainedModel) -> None:
-    """Activation checkpointing of every block, by the name that this transformers has for it."""
-    how = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # newer releases warn of the old name
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)

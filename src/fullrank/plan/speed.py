@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from fullrank.models.load import attention_for
 from fullrank.models.rows import RowModel
 from fullrank.parallel import device as devices
+from fullrank.parallel.recompute import recompute_blocks
 from fullrank.records import ModelFacts
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import add_gradients, token_losses
@@ -39,14 +40,21 @@ class Speed:
 
 
 def measure(
-    config: PreTrainedConfig, model: ModelFacts, row: MicroBatch, *, device: torch.device, precision: str, available_bytes: int
+    config: PreTrainedConfig,
+    model: ModelFacts,
+    row: MicroBatch,
+    *,
+    device: torch.device,
+    precision: str,
+    recompute: str,
+    available_bytes: int,
 ) -> Speed | None:
     """Times one and two blocks on a row; None where even two blocks would take too much memory."""
     block = (model.parameters - model.vocabulary * model.hidden_size) // model.layers
     slice_bytes = 16 * (2 * block + 2 * model.vocabulary * model.hidden_size) + row.supervised_tokens * model.vocabulary * 12
     if slice_bytes > _MEMORY_SHARE * available_bytes:
         return None
-    one, two = (_time_blocks(config, blocks, row, device, precision) for blocks in (1, 2))
+    one, two = (_time_blocks(config, blocks, row, device, precision, recompute) for blocks in (1, 2))
     tokens = row.tokens
 
     def whole(first: float, second: float) -> float:
@@ -62,7 +70,7 @@ def measure(
 
 
 def _time_blocks(
-    config: PreTrainedConfig, blocks: int, row: MicroBatch, device: torch.device, precision: str
+    config: PreTrainedConfig, blocks: int, row: MicroBatch, device: torch.device, precision: str, recompute: str
 ) -> tuple[float, float]:
     """(forward, forward and backward) seconds of a random model with that many blocks: the faster of two after a warm-up."""
     small = copy.deepcopy(config)
@@ -74,6 +82,7 @@ def _time_blocks(
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention_for(small))
     model.train()
     rows, row = RowModel(model, adds_gradients=True), row.to(device)
+    recompute_blocks(model, recompute)
 
     def forward_only() -> None:
         with rows.ready(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):

@@ -33,6 +33,8 @@ from fullrank.units import format_bytes
 #: Tokens of a row beyond which matrix products gain nothing: past some hundreds a CPU's are at full rate, and longer rows only
 #: hold more activations (measured, see docs/LOG.md); accelerators want more.
 _ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
+#: Rows twice as long are worth it where they leave no more than this of the tokens to compute.
+_WORTH_LONGER_ROWS = 0.95
 #: Steps whose layout is looked at for the largest row.
 _STEPS_LOOKED_AT = 200
 
@@ -126,15 +128,15 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
             row,
             device=devices.choose(machine.device),
             precision=recipe.train.precision,
+            recompute=choice.recompute,
             available_bytes=machine.memory_available_bytes,
         )
         if measured is None:
             basis = "not estimated: measuring two blocks would take more than half of the memory"
         else:
             validations = 1 + -(-order.steps // recipe.train.evaluate_every_steps)
-            backward = measured.forward_backward_per_token + (measured.forward_per_token if choice.recompute == "block" else 0.0)
             seconds = (
-                train_tokens * (1 - shared_ratio) * backward
+                train_tokens * (1 - shared_ratio) * measured.forward_backward_per_token
                 + order.steps * measured.optimizer_step
                 + validations * int(validation.lengths.sum()) * measured.forward_per_token
             )
@@ -174,12 +176,14 @@ def _choices(
     process_bytes: int,
     eager: bool,
 ) -> Iterator[_Choice]:
-    """Ways to carry out the steps, fastest first: full rows, smaller rows, then recomputation."""
+    """Ways to carry out the steps, fastest first: full rows, smaller rows, then more and more recomputation."""
     longest = int(max(store.lengths.max(), validation.lengths.max()))
-    budgets = [max(longest, _ROW_TOKENS[machine.device])]
+    budgets = [_full_row(store, order, max(longest, _ROW_TOKENS[machine.device]))]
     while budgets[-1] > longest:
         budgets.append(max(longest, budgets[-1] // 2))
-    for recompute in ("none", "block"):
+    # Beneath the compiled attention of an accelerator, selective recomputation is unproven.
+    ways: tuple[Recompute, ...] = ("none", "block", "offload") if machine.device == "cuda" else ("none", "selective", "block")
+    for recompute in ways:
         for budget in budgets:
             row = _largest_row(store, order, budget)
             lines = memory.ledger(
@@ -192,6 +196,14 @@ def _choices(
                 device=machine.device,
             )
             yield _Choice(budget, recompute, lines)
+
+
+def _full_row(store: TokenStore, order: Order, budget: int) -> int:
+    """Tokens of a row where memory is no matter: more than products need where long beginnings are shared by several examples."""
+    computed = sum(row.tokens for row in _rows(store, order, budget))
+    while (longer := sum(row.tokens for row in _rows(store, order, 2 * budget))) < _WORTH_LONGER_ROWS * computed:
+        budget, computed = 2 * budget, longer
+    return budget
 
 
 def _rows(store: TokenStore, order: Order, budget: int) -> Iterator[MicroBatch]:
@@ -243,7 +255,7 @@ def _memory_refusal(choice: _Choice, machine: MachineFacts, base: ResolvedModel,
         f"does not fit: {format_bytes(choice.peak_bytes)} needed, {available} available on {machine.device_name}, "
         f"with the smallest rows ({choice.budget_tokens} tokens) and recomputed blocks\n{memory.table(choice.ledger)}\n"
     )
-    by_row = {"activations", "logits", "head", "mask"}
+    by_row = {"activations", "heap", "logits", "head", "mask"}
     fixed = sum(line.bytes for line in choice.ledger if line.part not in by_row)
     if fixed >= machine.memory_available_bytes:
         return head + (

@@ -13,6 +13,7 @@ Shape legend: S predictions, H width of the hidden states, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from torch import nn
 
 #: Bytes of the logits that exist at once.
 _CHUNK_BYTES = 64 << 20
+
+
+SummedLoss = Callable[..., torch.Tensor]
+"""(hidden_SH, targets_S, weight_VH, bias_V where there is one) -> sum of the cross-entropies, with gradients."""
 
 
 class Head(NamedTuple):
@@ -31,6 +36,8 @@ class Head(NamedTuple):
     """Factor on the logits (Cohere, Granite)."""
     cap: float | None
     """Soft cap on the logits (Gemma 2)."""
+    summed: SummedLoss | None = None
+    """A library's sum of the losses, where one is faster (`fullrank.sequences.fused`)."""
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """logits_SV, fp32."""
@@ -79,6 +86,16 @@ def weighted_loss(
         hidden_SH, head.weight_VH, head.bias_V, targets_S, shares_S, head, chunk
     )
     return loss
+
+
+def summed_loss(head: Head, hidden_SH: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:
+    """Sum of the losses by the head's library."""
+    assert head.summed is not None
+    kind = hidden_SH.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_SH.dtype
+    parameters = [p.to(dtype) for p in (head.weight_VH, head.bias_V) if p is not None]
+    with torch.autocast(kind, enabled=False):
+        return head.summed(hidden_SH.to(dtype), targets_S, *parameters).float()
 
 
 def add_gradients(

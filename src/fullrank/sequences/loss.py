@@ -8,6 +8,8 @@ counts once for each of them, so that what is summed does not depend on how exam
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,6 +18,14 @@ from torch import nn
 from fullrank.sequences import head
 from fullrank.sequences.head import Head
 from fullrank.sequences.layout import MicroBatch
+
+Watch = Callable[[str], contextlib.AbstractContextManager[object]]
+"""Is entered around a part of a step, by the part's name: forward, head, backward or optimizer."""
+
+
+def unwatched(_: str) -> contextlib.AbstractContextManager[object]:
+    """The watch of a step that nobody times."""
+    return contextlib.nullcontext()
 
 
 class Predictor(Protocol):
@@ -48,18 +58,24 @@ def row_loss(model: Predictor, batch: MicroBatch, supervised_tokens_of_step: int
 def _row_loss(found: torch.Tensor, own_head: Head | None, batch: MicroBatch, supervised_tokens_of_step: int) -> torch.Tensor:
     shares_S = batch.times_S / supervised_tokens_of_step
     if own_head is not None:
+        if own_head.summed is not None and batch.supervised_tokens == len(batch.targets_S):  # each counts once
+            return head.summed_loss(own_head, found, batch.targets_S) / supervised_tokens_of_step
         return head.weighted_loss(own_head, found, batch.targets_S, shares_S)
     return (nn.functional.cross_entropy(found.float(), batch.targets_S, reduction="none") * shares_S).sum()
 
 
-def add_gradients(model: Predictor, batch: MicroBatch, supervised_tokens_of_step: int) -> torch.Tensor:
+def add_gradients(model: Predictor, batch: MicroBatch, supervised_tokens_of_step: int, watch: Watch = unwatched) -> torch.Tensor:
     """`row_loss`, whose gradients are added to the parameters'."""
-    found, own_head = model.predictions(batch)
-    if own_head is None or torch.is_autocast_enabled(found.device.type):
-        loss = _row_loss(found, own_head, batch, supervised_tokens_of_step)
-        with torch.autocast(found.device.type, enabled=False):
+    with watch("forward"):
+        found, own_head = model.predictions(batch)
+    if own_head is None or own_head.summed is not None or torch.is_autocast_enabled(found.device.type):
+        with watch("head"):
+            loss = _row_loss(found, own_head, batch, supervised_tokens_of_step)
+        with watch("backward"), torch.autocast(found.device.type, enabled=False):
             loss.backward()
         return loss.detach()
-    loss, grad_SH = head.add_gradients(own_head, found, batch.targets_S, batch.times_S / supervised_tokens_of_step)
-    found.backward(grad_SH)
+    with watch("head"):
+        loss, grad_SH = head.add_gradients(own_head, found, batch.targets_S, batch.times_S / supervised_tokens_of_step)
+    with watch("backward"):
+        found.backward(grad_SH)
     return loss

@@ -6,8 +6,9 @@ the step, and yields what happened. It writes, decides and stops nothing: its on
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def steps(
         interruptible: wraps each step's rows; what it raises between rows ends the generator before the update.
     """
     started = time.monotonic()
-    for step, examples, rows in _ahead(store, order, layout, first):
+    for step, examples, rows in laid_out_ahead(store, order, layout, range(first, order.steps + 1)):
         supervised_tokens = sum(row.supervised_tokens for row in rows)
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, step, order.steps)
         outcome = engine.step(interruptible(rows), supervised_tokens, learning_rate=rate, seed=step_seed(train.seed, step))
@@ -82,21 +83,21 @@ def steps(
         started = time.monotonic()
 
 
-def _ahead(store: TokenStore, order: Order, layout: Layout, first: int) -> Iterator[tuple[int, np.ndarray, list[MicroBatch]]]:
-    """(step, its examples, its rows): the rows of a step are laid out while the step before is computed."""
+def laid_out_ahead(
+    store: TokenStore, order: Order, layout: Layout, wanted: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray, list[MicroBatch]]]:
+    """(step, its examples, its rows) of the steps wanted: the rows of one are laid out while the one before is computed."""
 
     def lay_out(step: int) -> tuple[np.ndarray, list[MicroBatch]]:
         examples = order.step(step)
         return examples, layout.rows(store, examples)
 
-    if first > order.steps:
-        return
     with ThreadPoolExecutor(1, thread_name_prefix="layout") as worker:
-        following = worker.submit(lay_out, first)
-        for step in range(first, order.steps + 1):
+        following = worker.submit(lay_out, wanted[0]) if wanted else None
+        for step, after in itertools.zip_longest(wanted, wanted[1:]):
+            assert following is not None
             examples, rows = following.result()
-            if step < order.steps:
-                following = worker.submit(lay_out, step + 1)
+            following = worker.submit(lay_out, after) if after is not None else None
             yield step, examples, rows
 
 

@@ -20,11 +20,9 @@ from fullrank.meter import Meter
 from fullrank.models.export import export_dtype
 from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.resolved import ResolvedModel
-from fullrank.models.rows import RowModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.quiet import between_steps, quiet
-from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import EarlyStopping, Recipe
 from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
 from fullrank.run import (
@@ -40,11 +38,11 @@ from fullrank.run import (
     write_record,
     write_text,
 )
-from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint, proof
 from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation
-from fullrank.train.loop import Layout, Step, steps, validation_loss
+from fullrank.train.loop import Step, steps, validation_loss
+from fullrank.train.setup import set_up
 from fullrank.units import format_bytes
 
 #: Saving may take at most this share of the time, and happens at most once a minute.
@@ -174,22 +172,16 @@ class _Training:
 
     def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, plan: Plan, meter: Meter) -> None:
         self.recipe, self.run, self.base, self.data, self.meter = recipe, run, base, data, meter
-        self.device = devices.choose(plan.machine.device)
-        devices.reset_peak(self.device)
         self.checkpoints = run.train / "checkpoints"
         self.best_folder = run.train / "best"
         self.steps_path = run.train / "steps.jsonl"
         self.ledger_path = run.train / "ledger.jsonl"
-        self.train_store = TokenStore(run.data / "train")
         self.validation_store = TokenStore(run.data / "validation")
-        self.order = Order(len(self.train_store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
         self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
-        self.model = load_model(base.folder, device=self.device)
-        rows = RowModel(self.model, adds_gradients=True)
-        if rows.why:
-            run.tell("note", stage="train", words=rows.why)
-        self.layout, self.layout_note = Layout(plan.micro_batch_tokens, rows.packs, rows.shares), rows.why
-        self.engine: Engine = SingleDevice(rows, recipe.train, recompute=plan.recompute)
+        setup = set_up(recipe, run, base, plan)
+        self.device, self.train_store, self.order = setup.device, setup.store, setup.order
+        self.model, self.layout, self.layout_note = setup.rows.model, setup.layout, setup.rows.why
+        self.engine: Engine = setup.engine
         self.progress = _Progress()
         self._sitting_started = time.monotonic()
         self._last_save = time.monotonic()

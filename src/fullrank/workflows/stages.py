@@ -22,7 +22,7 @@ from fullrank.data import stage as data_stage
 from fullrank.errors import UsageError
 from fullrank.loading import LoadedRecipe, differences, dump
 from fullrank.recipe import Recipe
-from fullrank.records import DataCard, EvaluationCard, Plan, Score, StageRecord, TrainCard
+from fullrank.records import DataCard, EvaluationCard, Plan, Profile, Score, StageRecord, TrainCard
 from fullrank.run import Listener, Run, read_record, write_text
 from fullrank.workflows.described import Described, describe
 
@@ -45,6 +45,17 @@ def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: L
         for name in STAGES[: STAGES.index(last) + 1]:
             _run_stage(name, told, run)
     return run
+
+
+def profile(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None, *, steps: int) -> tuple[Run, Profile]:
+    """Plans a recipe and times some of its steps; nothing is trained."""
+    told = describe(loaded.recipe, lambda words: listener("note", {"words": words}) if listener else None)
+    with opened(loaded, told.recipe, runs_dir, listener) as run:
+        for name in STAGES[: STAGES.index("plan") + 1]:
+            _run_stage(name, told, run)
+        from fullrank.train.profile import profile as profiled
+
+        return run, profiled(told.recipe, run, told.base, steps)
 
 
 def prepare_data(loaded: LoadedRecipe, told: Described, runs_dir: Path, listener: Listener | None = None) -> Run:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
+from fullrank.models import attention
 from fullrank.models.attention import attend, attending_to_rows
 from fullrank.sequences.layout import MicroBatch, row_of
 from fullrank.sequences.store import Example
@@ -98,6 +100,48 @@ def test_outputs_and_gradients(
     for one, other in zip([found, *found_grads], [wanted, *wanted_grads], strict=True):
         # fp32 sums of some dozens of products; gradients that cancel altogether (a window of one) against one of norm 1.
         assert float((one.double() - other).norm()) <= tolerance * max(float(other.norm()), 1.0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flex_attention_is_given_the_same_mask(window: int | None, softcap: float | None) -> None:
+    """Its forward pass, which torch can run uncompiled on a CPU; a device tries both passes itself (`flex_is_right`)."""
+    batch = row(1)
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, heads, batch.tokens, SIZE, generator=generator) for heads in (HEADS, 2, 2))
+    found = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else attention._capped(softcap),
+        block_mask=attention._row_block_mask(batch, window, torch.device("cpu")),
+        scale=0.2,
+        enable_gqa=True,
+    )
+    exact = (some.double() for some in (query, key, value))
+    wanted = reference(*exact, attended(batch, window), scaling=0.2, softcap=softcap)
+    assert isinstance(found, torch.Tensor)
+    torch.testing.assert_close(found.transpose(1, 2).double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_flex_attention_is_refused_where_it_does_not_run() -> None:
+    config = tiny.config("gemma2", 300)
+    # no backward pass on a CPU: asked as if it were an accelerator's, it must say no instead of failing later
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_compiled_flex", lambda: _unable)
+        patch.setattr(attention, "_Blockwise", None)
+        assert not attention.flex_is_right(config, torch.device("cpu"), torch.float32, row(0))
+
+
+def _unable(*_: Any, **__: Any) -> torch.Tensor:
+    raise NotImplementedError("no backward pass")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: flex attention has no backward pass elsewhere")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_flex_attention_on_a_gpu(family: str) -> None:
+    config = tiny.config(family, 300, head_dim=64)
+    assert attention.flex_is_right(config, torch.device("cuda"), torch.float32, row(0).to(torch.device("cuda")))
 
 
 def test_without_a_row_it_says_so() -> None:

@@ -52,6 +52,7 @@ def test_every_part_by_hand() -> None:
         "optimizer": 8 * 1000,
         "activations": 2 * 4160,
         "logits": 4 * 50 * 8,
+        "heap": int(0.35 * 2 * 4160),
     }
 
 
@@ -68,6 +69,14 @@ def test_logits_are_those_of_a_chunk() -> None:
 
 def test_recomputed_blocks_keep_their_inputs_and_one_block() -> None:
     assert parts(recompute="block")["activations"] == 2 * 10 * 8 * 4 + 4160
+    assert parts(recompute="offload")["activations"] == 2 * 10 * 8 * 4 + 4160  # two inputs at a time, whatever the depth
+    deep = {line.part: line.bytes for line in ledger(facts(layers=50), Row(10, 4), **(LEDGER | {"recompute": "offload"}))}
+    assert deep["activations"] == parts(recompute="offload")["activations"]
+
+
+def test_selective_recomputation_keeps_what_products_gave() -> None:
+    # 3h + 2q + 2k + 2i = 3*8 + 2*(2*4) + 2*4 + 2*16 = 80 floats a token and block
+    assert parts(recompute="selective")["activations"] == 2 * 10 * 80 * 4 + 4160
 
 
 def test_bf16_halves_activations_and_adds_casts() -> None:
@@ -86,7 +95,7 @@ def test_eager_attention_keeps_its_scores() -> None:
 
 def test_the_peak_is_the_sum_and_the_table_tells_every_part() -> None:
     lines = ledger(facts(), Row(10, 4), **LEDGER)
-    assert total(lines) == 4000 + 4000 + 8000 + 8320 + 1600
+    assert total(lines) == 4000 + 4000 + 8000 + 8320 + 1600 + int(0.35 * 8320)
     for line, told in zip(lines, table(lines).splitlines(), strict=True):
         assert line.part in told and line.formula in told
 

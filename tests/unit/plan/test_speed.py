@@ -26,7 +26,9 @@ def row(tmp_path: Path) -> MicroBatch:
 
 
 def measured(base: ResolvedModel, row: MicroBatch, available_bytes: int = 10**12) -> speed.Speed | None:
-    return speed.measure(load_config(base.folder), base.facts, row, device=CPU, precision="fp32", available_bytes=available_bytes)
+    return speed.measure(
+        load_config(base.folder), base.facts, row, device=CPU, precision="fp32", recompute="none", available_bytes=available_bytes
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from staging import Staged, staged, write_case
+from tiny import write_jsonl
 
 from fullrank.errors import FitError, UsageError
 from fullrank.plan import stage as plan_stage
@@ -114,12 +115,14 @@ def test_scores_do_not_touch_the_plan(case: Path) -> None:
     assert again.reused("plan")
 
 
-def test_rows_shrink_before_blocks_are_recomputed(case: Path) -> None:
+def test_rows_shrink_before_blocks_are_recomputed(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
+    # Deep enough that a block computed again in the backward pass is less than what its like keep.
+    case = write_case(tmp_path, tiny_model_folder("llama", num_hidden_layers=8), rows=22)
     run, roomy = planned(case)
     longest = int(TokenStore(run.run.data / "train").lengths.max())
-    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "logits"))
+    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "heap", "logits"))
     seen: list[tuple[str, int]] = []
-    for limit in range(peak(roomy), peak(roomy) - by_row, -by_row // 24):
+    for limit in range(peak(roomy), peak(roomy) - by_row, -by_row // 60):
         try:
             _, plan = planned(case, f"machine.memory_limit={limit}")
         except FitError:
@@ -128,16 +131,16 @@ def test_rows_shrink_before_blocks_are_recomputed(case: Path) -> None:
         seen.append((plan.recompute, plan.micro_batch_tokens))
     assert seen[0] == ("none", roomy.micro_batch_tokens)
     smaller = [n for n, (recompute, tokens) in enumerate(seen) if recompute == "none" and tokens < roomy.micro_batch_tokens]
-    recomputed = [n for n, (recompute, _) in enumerate(seen) if recompute == "block"]
-    assert smaller and recomputed, seen
-    assert max(smaller) < min(recomputed)
+    some, whole = ([n for n, (recompute, _) in enumerate(seen) if recompute == how] for how in ("selective", "block"))
+    assert smaller and some and whole, seen
+    assert max(smaller) < min(some) and max(some) < min(whole)
     assert ("none", longest) in seen  # recomputation came only after the smallest rows there are
 
 
 def test_a_run_that_cannot_fit_names_the_max_length_that_does(case: Path) -> None:
     every_token = "data.loss_on=all"  # so that a shorter example has something to learn, wherever it is cut
     _, roomy = planned(case, every_token)
-    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "logits", "mask"))
+    by_row = sum(line.bytes for line in roomy.ledger if line.part in ("activations", "heap", "logits", "mask"))
     limit = f"machine.memory_limit={peak(roomy) - by_row + 120_000}"  # room for a few tokens, recomputed
     with pytest.raises(FitError) as caught:
         planned(case, limit, every_token)
@@ -185,3 +188,17 @@ def test_predicted_tokens_leave_out_what_follows_the_last_answer(case: Path) -> 
     store, order = TokenStore(run.run.data / "train"), Order(22, 4, 2.5, 0)
     examples = np.concatenate([order.step(s) for s in range(1, order.steps + 1)])
     assert plan.train_tokens < int(store.lengths[examples].sum())
+
+
+def test_rows_are_longer_where_long_beginnings_are_shared(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
+    """Four answers to a long prompt do not fit a usual row together; computing the prompt once for all is worth a longer one."""
+    case = write_case(tmp_path, tiny_model_folder("llama", max_position_embeddings=4096), data={"max_length": 2048})
+    _, usual = planned(case)
+    prompt = " ".join(f"the bank of number {n} is solvent" for n in range(40))
+    answers = [" ".join(["yes", "no", "perhaps", "never"][n % 4] for _ in range(200)) for n in range(4)]
+    rows = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers]
+    write_jsonl(tmp_path / "train.jsonl", [{"messages": row} for row in rows])
+    run, plan = planned(case, "name=long", "data.audit.accept=[leak, label_conflict]")
+    lengths = TokenStore(run.run.data / "train").lengths
+    assert usual.micro_batch_tokens == 1024 < lengths.max() < plan.micro_batch_tokens
+    assert plan.shared_ratio > 0.3

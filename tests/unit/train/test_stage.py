@@ -24,6 +24,7 @@ from fullrank.plan import stage as plan_stage
 from fullrank.records import StepRow
 from fullrank.run import read_json_lines, verify_manifest
 from fullrank.sequences.order import Order
+from fullrank.train import setup
 from fullrank.train import stage as train_stage
 
 CPU = torch.device("cpu")
@@ -78,7 +79,8 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         loaded.append(load_model(*arguments, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(train_stage, "load_model", load)
+    for module in (train_stage, setup):
+        monkeypatch.setattr(module, "load_model", load)
     return loaded
 
 
@@ -135,7 +137,8 @@ def test_a_tensor_that_no_gradient_reaches_is_listed(case: Path, monkeypatch: py
         model.get_parameter(NORM).register_hook(torch.zeros_like)
         return model
 
-    monkeypatch.setattr(train_stage, "load_model", load)
+    for module in (train_stage, setup):
+        monkeypatch.setattr(module, "load_model", load)
     proof = ready(case, "train.epochs=1").train().proof
     assert proof.never_reached_tensors == [NORM]
     assert proof.changed_tensors == proof.trainable_tensors - 1

@@ -1,0 +1,211 @@
+"""Where the time and the memory of a step go: some steps as training runs them, then the same with a stopwatch inside.
+
+Nothing is saved of what the steps learn. Seconds a step are those of the untimed ones; the timed ones say how they divide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fullrank.meter import Meter
+from fullrank.models.flops import needed_flops
+from fullrank.models.resolved import ResolvedModel
+from fullrank.optim.schedule import learning_rate
+from fullrank.parallel import device as devices
+from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.recipe import Recipe
+from fullrank.records import MemoryPart, ModuleTime, Plan, Profile
+from fullrank.run import Run, need_record, write_record
+from fullrank.sequences.layout import MicroBatch, needed_tokens
+from fullrank.sequences.loss import add_gradients, unwatched
+from fullrank.train.loop import laid_out_ahead, step_seed
+from fullrank.train.setup import Setup, set_up
+from fullrank.train.stopwatch import Stopwatch
+
+#: What of a step's time is worth advice.
+_WAIT_RATIO, _OPTIMIZER_RATIO, _SHORT_ROW_TOKENS = 0.02, 0.15, 256
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A step that was timed from outside."""
+
+    seconds: float
+    waited: float
+    examples: int
+    rows: list[MicroBatch]
+    lengths: list[int]
+    """Of its examples, without what influences nothing."""
+
+
+def profile(recipe: Recipe, run: Run, base: ResolvedModel, steps: int) -> Profile:
+    """Executes 1 + 2 x `steps` steps of a planned run and writes `profile.json`.
+
+    Args:
+        recipe: resolved.
+        run: with its plan.
+        base: the model.
+        steps: to be timed, beside the first; as many again with the stopwatch.
+    """
+    plan = need_record(run.plan_path, Plan, "plan")
+    run.tell("started", stage="profile")
+    with Meter() as meter, quiet():
+        setup = set_up(recipe, run, base, plan)
+        stopwatch = Stopwatch(setup.device)
+        wanted = [1 + number % setup.order.steps for number in range(1 + 2 * steps)]
+        timed = _execute(recipe, setup, wanted, watched_from=1 + steps, stopwatch=stopwatch)
+        first, plain = next(timed), list(itertools.islice(timed, steps))
+        watched = list(timed)
+        measured = _measured_memory(setup, _largest_row(setup))
+        peak = devices.device_peak_bytes(setup.device) or meter.peak_bytes
+    best = devices.best_product_rate(setup.device, torch.bfloat16 if plan.precision == "bf16-mixed" else torch.float32)
+    seconds = statistics.median(step.seconds for step in plain)
+    needed = int(statistics.median(sum(needed_flops(setup.rows, row) for row in step.rows) for step in plain))
+    rows = [row for step in plain for row in step.rows]
+    phases = {"data wait": sum(step.waited for step in watched), **stopwatch.phases}
+    found = Profile(
+        device_name=plan.machine.device_name,
+        threads=plan.machine.threads,
+        steps=steps,
+        first_step_seconds=first.seconds,
+        step_seconds=seconds,
+        steps_planned=plan.steps,
+        examples_per_second=sum(step.examples for step in plain) / sum(step.seconds for step in plain),
+        tokens_per_second=sum(row.separate_tokens for row in rows) / sum(step.seconds for step in plain),
+        phases={name: total / steps for name, total in phases.items()},
+        modules=_modules(stopwatch, steps),
+        needed_flops=needed,
+        best_flops_per_second=best,
+        utilisation=needed / seconds / best,
+        rows_per_step=len(rows) / steps,
+        row_tokens=int(statistics.median(row.tokens for row in rows)),
+        separate_tokens=sum(row.separate_tokens for row in rows),
+        computed_tokens=sum(row.tokens for row in rows),
+        padded_tokens=sum(len(step.lengths) * max(step.lengths) for step in plain),
+        predictions=sum(len(row.targets_S) for row in rows),
+        memory=[
+            MemoryPart(part=line.part, planned_bytes=line.bytes, measured_bytes=measured.get(line.part)) for line in plan.ledger
+        ],
+        peak_bytes_planned=plan.peak_bytes_predicted,
+        peak_bytes=peak,
+        advice=[],
+    )
+    found = found.model_copy(update={"advice": advice(found, plan, setup.rows.why)})
+    write_record(run.profile_path, found)
+    return found
+
+
+def _execute(recipe: Recipe, setup: Setup, wanted: Sequence[int], *, watched_from: int, stopwatch: Stopwatch) -> Iterator[_Timed]:
+    """Steps as the training loop takes them; from number `watched_from` on with the stopwatch."""
+    engine, train = setup.engine, recipe.train
+    started = time.perf_counter()
+    for number, (step, examples, rows) in enumerate(laid_out_ahead(setup.store, setup.order, setup.layout, wanted)):
+        waited = time.perf_counter() - started
+        supervised = sum(row.supervised_tokens for row in rows)
+        rate = learning_rate(train.schedule, train.optimizer.learning_rate, step, setup.order.steps)
+        is_watched = number >= watched_from
+        with stopwatch.watching(setup.rows.model.base_model) if is_watched else contextlib.nullcontext():
+            engine.watch = stopwatch.phase if is_watched else unwatched
+            engine.step(rows, supervised, learning_rate=rate, seed=step_seed(train.seed, step))
+        lengths = [needed_tokens(setup.store[int(example)]) for example in examples]
+        yield _Timed(time.perf_counter() - started, waited, len(examples), rows, lengths)
+        started = time.perf_counter()
+        between_steps()
+
+
+def _modules(stopwatch: Stopwatch, steps: int) -> list[ModuleTime]:
+    whole = sum(stopwatch.phases.values())
+    found = []
+    for name, calls in stopwatch.calls.items():
+        forward, backward = (seconds.get(name, 0.0) for seconds in (stopwatch.forward, stopwatch.backward))
+        found.append(
+            ModuleTime(
+                module=name,
+                calls=calls // steps,
+                forward_seconds=forward / steps,
+                backward_seconds=backward / steps,
+                ratio=(forward + backward) / whole,
+                flops_per_second=stopwatch.products[name] / (forward + backward) if name in stopwatch.products else None,
+            )
+        )
+    return sorted(found, key=lambda module: -module.ratio)
+
+
+def _largest_row(setup: Setup) -> MicroBatch:
+    """Of the run's first steps, as many as its plan looked at."""
+    steps = range(1, min(setup.order.steps, 200) + 1)
+    laid_out = (setup.layout.rows(setup.store, setup.order.step(step)) for step in steps)
+    return max(itertools.chain.from_iterable(laid_out), key=lambda row: row.tokens)
+
+
+def _measured_memory(setup: Setup, row: MicroBatch) -> dict[str, int]:
+    """Bytes of the parts that can be told apart: tensors of the model and its optimizer, and what a row's graph keeps."""
+    model = setup.rows.model
+    parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    weights = sum(p.untyped_storage().nbytes() for p in parameters.values())
+    state = setup.engine.state()
+    moments = (tensor for kind, tensors in state.tensors.items() if kind != "weights" for tensor in tensors.values())
+    found = {"weights": weights, "gradients": weights, "optimizer": sum(tensor.nbytes for tensor in moments)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()  # alive as long as the graph is, so no two share an address
+        return tensor
+
+    if setup.engine.recompute == "none":  # recomputation keeps tensors in ways of its own
+        model.train()
+        with (
+            setup.rows.ready(),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            setup.engine.compute_type(),
+        ):
+            add_gradients(setup.rows, row.to(setup.device), row.supervised_tokens)
+        model.zero_grad(set_to_none=True)
+        found["activations"] = sum(kept.values())
+    return found
+
+
+def advice(found: Profile, plan: Plan, layout_note: str) -> list[str]:
+    """What the figures suggest, each with its figure."""
+    said: list[str] = []
+    whole = sum(found.phases.values())
+
+    def ratio(phase: str) -> float:
+        return found.phases.get(phase, 0.0) / whole
+
+    if layout_note:
+        said.append(f"{layout_note}: rows are shorter and nothing is shared")
+    if plan.recompute != "none":
+        more = "the blocks' activations" if plan.recompute == "block" else "what is recomputed of them"
+        said.append(
+            f"recomputation ({plan.recompute}) lengthens the backward pass, {ratio('backward'):.2f} of the step: with more "
+            f"memory (machine.memory_limit) or a shorter data.max_length the plan keeps {more}"
+        )
+    if found.row_tokens < _SHORT_ROW_TOKENS and found.rows_per_step <= 1:
+        said.append(
+            f"a step is one row of {found.row_tokens} tokens: products are fuller, and the update costs less an example, with a "
+            "larger train.global_batch_size (it changes what a step is: set the learning rate anew)"
+        )
+    if ratio("optimizer") > _OPTIMIZER_RATIO:
+        said.append(
+            f"the optimizer takes {ratio('optimizer'):.2f} of the step: it costs the same however many examples the step has, "
+            "so a larger train.global_batch_size spreads it"
+        )
+    if ratio("data wait") > _WAIT_RATIO:
+        said.append(f"the device waits for rows {ratio('data wait'):.2f} of the time: the disk of the run folder is slow to read")
+    threads = plan.machine.threads
+    if plan.machine.device == "cpu" and threads < plan.machine.cores:
+        said.append(
+            f"torch computes with {threads} of {plan.machine.cores} cores: unset OMP_NUM_THREADS, or set it to the number of "
+            "physical cores"
+        )
+    return said or ["nothing stands out: what is left is arithmetic"]
