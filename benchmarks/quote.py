@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "data.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "speed.md")
 _BLOCK = re.compile(r"(<!-- figures: benchmarks/quote.py (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -99,12 +99,131 @@ Again with nothing changed: {figures["again"]["seconds"]:.1f} s beyond the impor
 """
 
 
+_SPEED_DATA = {
+    "rasbt": "short instructions, batch 8",
+    "gsm8k": "GSM8K, batch 16",
+    "fastchat": "short conversations of several turns, batch 4",
+}
+_WAYS = {
+    "ours": "fullrank",
+    "defaults": "TRL, its defaults in fp32",
+    "plain": "TRL without recomputation",
+    "padding-free": "TRL without padding or recomputation",
+    "transformers": "transformers' `Trainer` without recomputation",
+    "packed": "TRL packing (*other examples make up an update*)",
+    "newcomer": "TRL as a newcomer gets it (*bf16, one thread*)",
+}
+
+
+def speed_line() -> str:
+    """One sentence on the speed of steps."""
+    results = _results("speed-cpu")
+    figures, machine = results["figures"], results["machine"]
+    said = []
+    for name in ("rasbt", "gsm8k"):
+        case = figures[name]
+        own, defaults = case["ours"], case["defaults"]
+        best = max(_alike(case), key=lambda way: case[way]["examples_per_second"])
+        said.append(
+            f"* {_SPEED_DATA[name]}: {own['examples_per_second']:.2f} examples a second, "
+            f"{own['examples_per_second'] / defaults['examples_per_second']:.1f} times TRL's defaults and "
+            f"{own['examples_per_second'] / case[best]['examples_per_second']:.1f} times the best setting found for a peer, in "
+            f"{own['peak_rss'] / defaults['peak_rss']:.2f} of the defaults' memory"
+        )
+    lines = "\n".join(said)
+    return f"""
+{lines}
+
+SmolLM2-135M, fp32, the same examples and threads on {machine["cores"]} cores ({machine["processor"]}); more in
+[speed](docs/speed.md).
+"""
+
+
+def _alike(case: dict[str, Any]) -> list[str]:
+    """Ways of the peers in which the same examples make up an update."""
+    return [way for way in _WAYS if way in case and way not in ("ours", "packed", "newcomer")]
+
+
+def speed() -> str:
+    """Steps beside the peers'."""
+    results = _results("speed-cpu")
+    figures, machine = results["figures"], results["machine"]
+    versions = figures["peer_versions"]
+    tables = []
+    for name, words in _SPEED_DATA.items():
+        case = figures[name]
+        own = case["ours"]["examples_per_second"]
+        rows = "\n".join(
+            f"| {said} | {case[way]['examples_per_second']:.2f} | {own / case[way]['examples_per_second']:.2f} | "
+            f"{case[way]['peak_rss'] / 1e9:.2f} | {case[way]['first_step_seconds']:.1f} |"
+            for way, said in _WAYS.items()
+            if way in case
+        )
+        head = f"| {words} | examples a second | fullrank is faster by | peak memory, GB | first step, s |"
+        tables.append(f"{head}\n|---|---|---|---|---|\n{rows}")
+    return f"""
+SmolLM2-135M, fp32, the same examples, batch, learning rate and threads on {machine["cores"]} cores ({machine["processor"]}),
+processes alternating, medians of {figures["rounds"]} rounds ([results](../benchmarks/results/speed-cpu.json)). \
+TRL {versions["trl"]}, transformers {versions["transformers"]}, torch {versions["torch"]}.
+The first step counts from when libraries are imported.
+
+{(chr(10) * 2).join(tables)}
+"""
+
+
+def ceiling() -> str:
+    """Why utilisation is what it is."""
+    figures = _results("speed-cpu")["figures"]
+    rows = "\n".join(
+        f"| {words} | {own['flops_utilisation']:.2f} | {part['linear_ratio'] + part['head_ratio']:.2f} | "
+        f"{part['attention_ratio']:.2f} | {part['optimizer_ratio']:.2f} | {part['linear_gflops']:.0f} of "
+        f"{part['best_gflops']:.0f} | {part['ceiling']:.2f} |"
+        for name, words in _SPEED_DATA.items()
+        for own in (figures[name]["ours"],)
+        for part in (own["divided"],)
+    )
+    return f"""
+| | utilisation | share of products and head | of attention | of the update | rate of linear modules, GFLOP/s | ceiling |
+|---|---|---|---|---|---|---|
+{rows}
+
+The ceiling is the utilisation if all else (norms, activation functions, rotary angles, residuals, Python) cost nothing: what
+products, the library's attention kernel and the update leave on this machine.
+"""
+
+
+def shared() -> str:
+    """What sharing long prompts saves."""
+    figures = _results("rows")["figures"]
+    rows = "\n".join(
+        f"| {name} | {case['separate_tokens']:,} | {case['shared_tokens']:,} | {case['token_ratio']:.2f} | "
+        f"{case['time_ratio']:.2f} |"
+        for name, case in figures.items()
+        if isinstance(case, dict) and "token_ratio" in case
+    )
+    return f"""
+| a step of | tokens separately | shared | times fewer | times faster |
+|---|---|---|---|---|
+{rows}
+
+Whole steps of SmolLM2-135M on two cores ([results](../benchmarks/results/rows.json)).
+"""
+
+
 def _results(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "data-planted": data_planted, "data-speed": data_speed}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "data-planted": data_planted,
+    "data-speed": data_speed,
+    "speed-line": speed_line,
+    "speed": speed,
+    "ceiling": ceiling,
+    "shared": shared,
+}
 
 
 def with_figures(page: str) -> str:

@@ -148,6 +148,7 @@ def compared(name: str, folder: Path, model: Path, options: argparse.Namespace) 
             print(name, f"round {number + 1}", way, json.dumps(found), flush=True)
             runs.setdefault(way, []).append(found)
     medians = {way: _median(found) for way, found in runs.items()}
+    medians["ours"]["divided"] = divided(folder)
     losses = {way: found["mean_loss"] for way, found in medians.items() if way not in APART}
     if max(losses.values()) > 1.05 * min(losses.values()):
         raise SystemExit(f"{name}: not the same was trained: {losses}")
@@ -184,6 +185,41 @@ def ours(folder: Path) -> dict[str, Any]:
         "peak_rss": flops["peak_rss"],
         "peak_planned": plan["peak_bytes_predicted"],
         "seconds_planned": plan["train_seconds_predicted"],
+    }
+
+
+def divided(folder: Path) -> dict[str, float]:
+    """How `fullrank profile` divides the steps, and the utilisation if all but products, attention and update were free."""
+    program = [
+        sys.executable,
+        "-m",
+        "fullrank",
+        "profile",
+        "recipe.yaml",
+        "--runs-dir",
+        "runs",
+        "name=profile",
+        "--json",
+        "--steps",
+        "1",
+    ]
+    found = json.loads(must(measure(program, folder, _environment(), looks_on=False)).output.splitlines()[-1])
+    whole = sum(found["phases"].values())
+    linear = [module for module in found["modules"] if module["flops_per_second"]]
+    seconds = [module["forward_seconds"] + module["backward_seconds"] for module in linear]
+    attention = sum(module["ratio"] for module in found["modules"] if module["module"].endswith(("self_attn", ".attn")))
+    ratios = {
+        "linear": sum(seconds) / whole,
+        "head": found["phases"]["head"] / whole,
+        "attention": attention,
+        "optimizer": found["phases"]["optimizer"] / whole,
+    }
+    operations = sum(module["flops_per_second"] * each for module, each in zip(linear, seconds, strict=True))
+    return {
+        **{f"{name}_ratio": ratio for name, ratio in ratios.items()},
+        "linear_gflops": operations / sum(seconds) / 1e9,
+        "best_gflops": found["best_flops_per_second"] / 1e9,
+        "ceiling": found["needed_flops"] / (whole * sum(ratios.values())) / found["best_flops_per_second"],
     }
 
 
