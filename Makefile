@@ -44,6 +44,8 @@ bench-quickstart: $(VENV)/.installed-dev
 
 bench-speed: $(VENV)/.installed-dev $(PEER)/.installed
 	$(BIN)/python benchmarks/speed.py --text $(TEXT) --peer $(PEER)/bin/python
+	$(BIN)/python benchmarks/steps.py --text $(TEXT)
+	$(BIN)/python benchmarks/rows.py --text $(TEXT)
 
 test-lowest:
 	$(PYTHON) tests/lowest.py

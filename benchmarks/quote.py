@@ -173,22 +173,22 @@ The first step counts from when libraries are imported.
 
 def ceiling() -> str:
     """Why utilisation is what it is."""
-    figures = _results("speed-cpu")["figures"]
+    results = _results("steps")
     rows = "\n".join(
-        f"| {words} | {own['flops_utilisation']:.2f} | {part['linear_ratio'] + part['head_ratio']:.2f} | "
-        f"{part['attention_ratio']:.2f} | {part['optimizer_ratio']:.2f} | {part['linear_gflops']:.0f} of "
-        f"{part['best_gflops']:.0f} | {part['ceiling']:.2f} |"
+        f"| {words} | {part['utilisation']:.2f} | {part['linear_ratio'] + part['head_ratio']:.2f} | "
+        f"{part['attention_ratio']:.2f} | {part['optimizer_ratio']:.2f} | {part['linear_flops_per_second'] / 1e9:.0f} of "
+        f"{part['best_flops_per_second'] / 1e9:.0f} | {part['ceiling']:.2f} |"
         for name, words in _SPEED_DATA.items()
-        for own in (figures[name]["ours"],)
-        for part in (own["divided"],)
+        for part in (results["figures"][name],)
     )
     return f"""
 | | utilisation | share of products and head | of attention | of the update | rate of linear modules, GFLOP/s | ceiling |
 |---|---|---|---|---|---|---|
 {rows}
 
-The ceiling is the utilisation if all else (norms, activation functions, rotary angles, residuals, Python) cost nothing: what
-products, the library's attention kernel and the update leave on this machine.
+The ceiling is the utilisation if all else (norms, activation functions, rotary angles, residuals, Python) took no time: what
+products, the library's attention kernel and the update leave on {results["machine"]["cores"]} cores \
+({results["machine"]["processor"]}; [results](../benchmarks/results/steps.json)).
 """
 
 

@@ -4,7 +4,7 @@
 
 Whole optimizer steps of SmolLM2-135M, the ways of a case in turn, round after round, medians reported:
 
-    budget  16 examples of GSM8K in rows of at most so many tokens
+    budget  8 examples of GSM8K in rows of at most so many tokens
     pairs   2 conversations of several turns (GSM8K questions and answers one after the other), each with the right last answer
             and one of another question: as chosen and rejected answers come
     groups  generated tokens: one prompt with 8 answers, as sampled answers come; the prompt 6 or 12 times an answer
@@ -40,7 +40,7 @@ from fullrank.sequences.chat import ChatRenderer, Tokens
 from fullrank.sequences.layout import MicroBatch, micro_batches
 from fullrank.sequences.store import ShardPlace, TokenStore, write_index, write_shard
 
-BUDGETS = (128, 256, 512, 1024, 2048)
+BUDGETS = (128, 256, 512, 1024)
 HISTORY = 6
 """Exchanges before the last question of a conversation."""
 ANSWER_TOKENS = 48
@@ -61,10 +61,10 @@ def main() -> None:
     figures: dict[str, Any] = {"rounds": options.rounds, "threads": torch.get_num_threads()}
     targets = []
     with tempfile.TemporaryDirectory() as folder, quiet():
-        store = _store(Path(folder) / "gsm8k", [renderer.examples(row)[0] for row in questions[:16]])
-        ways = {str(budget): micro_batches(store, range(16), budget, packed=True) for budget in BUDGETS}
+        store = _store(Path(folder) / "gsm8k", [renderer.examples(row)[0] for row in questions[:8]])
+        ways = {str(budget): micro_batches(store, range(8), budget, packed=True) for budget in BUDGETS}
         found = _compared(engine, ways, options.rounds)
-        figures["examples_per_second_by_row_tokens"] = {budget: 16 / seconds for budget, seconds in found.items()}
+        figures["examples_per_second_by_row_tokens"] = {budget: 8 / seconds for budget, seconds in found.items()}
         shared = {
             "pairs: several turns": [tokens for n in range(2) for tokens in _pair(renderer, questions, n)],
             **{f"groups: prompt {times} times an answer": _group(times * ANSWER_TOKENS) for times in (6, 12)},

@@ -389,9 +389,9 @@ class ModuleTime(Record):
     module: str
     """Its name, `*` standing for the number of the block."""
     calls: int
-    """Forward passes a step."""
+    """Forward passes a step, those that recomputation repeats included."""
     forward_seconds: float
-    """Without the modules inside it, as all seconds here."""
+    """Of all of them, without the modules inside it, as all seconds here."""
     backward_seconds: float
     ratio: float
     """Share of the timed parts of the step."""
@@ -428,12 +428,12 @@ class Profile(Record):
     modules: list[ModuleTime]
     """The longest first."""
     needed_flops: int
-    """Operations a step of the matrix products that it needs (`fullrank.models.flops`), median."""
+    """Operations a step of the matrix products that it needs (`fullrank.models.flops`), mean."""
     best_flops_per_second: float
     """The fastest product of square matrices of the compute type, 1,024 to 4,096 wide (accelerators: to 8,192), measured here."""
     utilisation: float
-    """needed_flops / step_seconds / best_flops_per_second: model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B)
-    against a measured ceiling."""
+    """needed_flops / mean seconds of a step / best_flops_per_second: model FLOPs utilisation (Chowdhery et al. 2022, PaLM,
+    appendix B) against a measured ceiling."""
     rows_per_step: float
     row_tokens: int
     """Median of the rows."""
@@ -450,7 +450,7 @@ class Profile(Record):
     peak_bytes: int
     """Of the process; of the device, where tensors live on an accelerator."""
     advice: list[str]
-    """What to change, the most rewarding first."""
+    """What to change."""
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

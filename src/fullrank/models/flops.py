@@ -20,21 +20,26 @@ from fullrank.models.attention import windows_of
 from fullrank.models.rows import RowModel
 from fullrank.sequences.layout import MicroBatch
 
+#: How configurations name the experts that a token visits.
+_VISITED = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk")
+
 
 def needed_flops(rows: RowModel, batch: MicroBatch) -> int:
     """Operations of a row's forward and backward pass."""
     model, config = rows.model, rows.model.config.get_text_config()
     kept = int(torch.unique(batch.predicting_S).numel())
     last = f"{config.num_hidden_layers - 1}."
-    total = 6 * int(model.get_output_embeddings().weight.numel()) * kept
+    head = model.get_output_embeddings()
+    total = 6 * int(head.weight.numel()) * kept
     for name, module in model.base_model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
             weights, is_last = int(module.weight.numel()), f".{last}" in f".{name}"
             reads_all = name.endswith(("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value"))
             total += 6 * weights * (kept if is_last and not reads_all else batch.tokens)
+    visited = next((n for n in (getattr(config, name, None) for name in _VISITED) if isinstance(n, int)), None)
     for name, parameter in model.base_model.named_parameters():
-        if parameter.ndim == 3:  # experts, of which a token visits some
-            share = config.num_experts_per_tok / parameter.shape[0]
+        if visited and parameter.ndim == 3 and parameter.shape[1] > 1:  # experts; a convolution by channel has 1
+            share = visited / parameter.shape[0]
             total += int(6 * parameter.numel() * share * (kept if f".{last}" in f".{name}" else batch.tokens))
     heads = int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)

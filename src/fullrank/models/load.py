@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateSyntaxError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fullrank.errors import DataError, ModelError
@@ -97,3 +97,10 @@ def load_chat_format(folder: Path, chat_template: str | None, date: datetime.dat
     except Exception:
         logging.get_logger(__name__).debug("%s refuses a lone question", name)
     return ChatFormat.of(tokenizer, date, name)
+
+
+def drops(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration is trained with dropout."""
+    rates = config.get_text_config().to_dict().items()
+    heads = ("summary", "classifier")  # dropout of heads that no causal model has
+    return any("drop" in name and not name.startswith(heads) and isinstance(rate, float) and rate > 0 for name, rate in rates)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fullrank.models.attention import attending_to_rows, flex_is_right, windows_met, windows_of
+from fullrank.models.load import drops
 from fullrank.models.tuned import Tuned
 from fullrank.sequences.fused import with_fastest
 from fullrank.sequences.head import Head
@@ -45,9 +46,12 @@ class RowModel:
         self.trims = False
         self._flex = model.device.type != "cpu" and _flex_is_right(model)
         self.packs, self.shares, self.why = _trial(self)
+        if self._flex and not self.shares:  # flex attention may be what failed, not the model
+            self._flex = False
+            self.packs, self.shares, self.why = _trial(self)
         self.head = _head_of(self)
         self.trims = self.head is not None and _trims(self)
-        if self.head is not None and model.device.type != "cpu":
+        if adds_gradients and self.head is not None and model.device.type != "cpu":  # only training sums losses with gradients
             self.head = with_fastest(self.head, model.device, _compute_type(model))
         if self.shares and _drops(model):
             # One draw for all examples that share a beginning is another step than one for each.
@@ -101,9 +105,8 @@ def _examples(model: PreTrainedModel) -> list[Example]:
     """Random tokens, the same for every model, so that anything that reaches across a border moves the logits: two examples that
     begin alike, one that goes on from the first, and one that is like none.
     """
-    vocabulary = int(model.config.get_text_config().vocab_size)
     draw = np.random.default_rng(0)
-    beginning, first, second, longer, other = (draw.integers(vocabulary, size=n) for n in (8, 5, 7, 6, 9))
+    beginning, first, second, longer, other = (draw.integers(_vocabulary(model), size=n) for n in (8, 5, 7, 6, 9))
     whole = [[beginning, first], [beginning, second], [beginning, first, longer], [other]]
     return [Example(np.concatenate(parts), np.ones(sum(map(len, parts)), np.bool_)) for parts in whole]
 
@@ -151,8 +154,15 @@ def _trial(rows: RowModel) -> tuple[bool, bool, str]:
 
 
 def _flex_is_right(model: PreTrainedModel) -> bool:
-    row = row_of(list(enumerate(_examples(model))), shared=True).to(model.device)
-    return flex_is_right(model.config, model.device, _compute_type(model), row)
+    draw = np.random.default_rng(1)  # several of the kernel's blocks of 128 tokens, some of them empty
+    beginning, one, two, other = (draw.integers(_vocabulary(model), size=n) for n in (200, 150, 90, 170))
+    whole = [np.concatenate([beginning, one]), np.concatenate([beginning, two]), other]
+    row = row_of([(n, Example(ids, np.ones(len(ids), np.bool_))) for n, ids in enumerate(whole)], shared=True)
+    return flex_is_right(model.config, model.device, _compute_type(model), row.to(model.device))
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _compute_type(model: PreTrainedModel) -> torch.dtype:
@@ -162,9 +172,7 @@ def _compute_type(model: PreTrainedModel) -> torch.dtype:
 
 
 def _drops(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
-    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    return any(rate > 0 for rate in [*rates, getattr(config, "attention_dropout", None) or 0.0])
+    return drops(model.config) or any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
 
 
 def _layers_unknown(model: PreTrainedModel) -> str:

@@ -1,7 +1,8 @@
 """Activations that are not kept: made again in the backward pass from what is.
 
 selective   kept of a block: its input, what its matrix products and attention gave; the rest (norms, rotary angles, activation
-            functions, products of elements) is made again, which costs passes over memory but no product
+            functions, products of elements) is made again, which costs passes over memory but no product (experts' grouped
+                products excepted)
 block       kept of a block: its input; the block is computed again (Chen et al. 2016, Training Deep Nets with Sublinear Memory
             Cost), a third more products
 offload     as block, the input waiting in host memory (on a CPU the same as block)
@@ -24,16 +25,13 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 _aten = torch.ops.aten
-#: Products, and attention in the forms that devices have for it.
+#: Products, and attention as a CPU has it: elsewhere nothing is recomputed selectively (`fullrank.plan.stage`).
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
     _aten.baddbmm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fullrank.errors import FitError
 from fullrank.meter import Meter, resident_bytes
-from fullrank.models.load import DTYPES, attention_for
+from fullrank.models.load import DTYPES, attention_for, drops
 from fullrank.models.resolved import ResolvedModel
 from fullrank.models.source import load_config
 from fullrank.optim.schedule import warmup_steps
@@ -35,6 +35,12 @@ from fullrank.units import format_bytes
 _ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 #: Rows twice as long are worth it where they leave no more than this of the tokens to compute.
 _WORTH_LONGER_ROWS = 0.95
+#: What may be recomputed, the least first. Beneath the compiled attention of an accelerator, selective recomputation is unproven.
+_RECOMPUTATIONS: dict[str, tuple[Recompute, ...]] = {
+    "cpu": ("none", "selective", "block"),
+    "mps": ("none", "block"),
+    "cuda": ("none", "block", "offload"),
+}
 #: Steps whose layout is looked at for the largest row.
 _STEPS_LOOKED_AT = 200
 
@@ -111,21 +117,22 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
     process_bytes = 0 if machine.device == "cuda" else resident_bytes()
     config = load_config(base.folder)
     eager = attention_for(config) == "eager"
-    choices = list(_choices(store, validation, order, recipe, base, machine, process_bytes, eager))
+    looks = _Looks(store, order, shared=not drops(config))
+    longest = int(max(store.lengths.max(), validation.lengths.max()))
+    choices = list(_choices(looks, longest, recipe, base, machine, process_bytes, eager))
     choice = next((c for c in choices if c.peak_bytes <= machine.memory_available_bytes), choices[-1])
     disk_bytes = _disk_bytes(recipe, base)
     refusal = "\n".join(
         filter(None, (_memory_refusal(choice, machine, base, recipe, store), _disk_refusal(disk_bytes, machine, run)))
     )
     train_tokens = sum(_step_tokens(store, order))
-    shared_ratio = _shared_ratio(store, order, choice.budget_tokens)
+    shared_ratio = looks.at(choice.budget_tokens).shared_ratio
     seconds, basis = 0.0, "not estimated: it does not fit"
     if not refusal:
-        row = _typical_row(store, order, choice.budget_tokens)
         measured = speed.measure(
             config,
             base.facts,
-            row,
+            looks.typical_row(choice.budget_tokens),
             device=devices.choose(machine.device),
             precision=recipe.train.precision,
             recompute=choice.recompute,
@@ -167,9 +174,8 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
 
 
 def _choices(
-    store: TokenStore,
-    validation: TokenStore,
-    order: Order,
+    looks: _Looks,
+    longest: int,
     recipe: Recipe,
     base: ResolvedModel,
     machine: MachineFacts,
@@ -177,18 +183,14 @@ def _choices(
     eager: bool,
 ) -> Iterator[_Choice]:
     """Ways to carry out the steps, fastest first: full rows, smaller rows, then more and more recomputation."""
-    longest = int(max(store.lengths.max(), validation.lengths.max()))
-    budgets = [_full_row(store, order, max(longest, _ROW_TOKENS[machine.device]))]
+    budgets = [_full_row(looks, max(longest, _ROW_TOKENS[machine.device]))]
     while budgets[-1] > longest:
         budgets.append(max(longest, budgets[-1] // 2))
-    # Beneath the compiled attention of an accelerator, selective recomputation is unproven.
-    ways: tuple[Recompute, ...] = ("none", "block", "offload") if machine.device == "cuda" else ("none", "selective", "block")
-    for recompute in ways:
+    for recompute in _RECOMPUTATIONS[machine.device]:
         for budget in budgets:
-            row = _largest_row(store, order, budget)
             lines = memory.ledger(
                 base.facts,
-                row,
+                looks.at(budget).largest,
                 precision=recipe.train.precision,
                 recompute=recompute,
                 process_bytes=process_bytes,
@@ -198,39 +200,55 @@ def _choices(
             yield _Choice(budget, recompute, lines)
 
 
-def _full_row(store: TokenStore, order: Order, budget: int) -> int:
+def _full_row(looks: _Looks, budget: int) -> int:
     """Tokens of a row where memory is no matter: more than products need where long beginnings are shared by several examples."""
-    computed = sum(row.tokens for row in _rows(store, order, budget))
-    while (longer := sum(row.tokens for row in _rows(store, order, 2 * budget))) < _WORTH_LONGER_ROWS * computed:
-        budget, computed = 2 * budget, longer
+    while looks.at(2 * budget).computed_tokens < _WORTH_LONGER_ROWS * looks.at(budget).computed_tokens:
+        budget *= 2
     return budget
 
 
-def _rows(store: TokenStore, order: Order, budget: int) -> Iterator[MicroBatch]:
-    for step in range(1, min(order.steps, _STEPS_LOOKED_AT) + 1):
-        yield from micro_batches(store, order.step(step), budget, packed=True)
+@dataclass(frozen=True)
+class _Laid:
+    """Rows of the steps looked at."""
+
+    largest: Row
+    """Never smaller than the longest example."""
+    computed_tokens: int
+    separate_tokens: int
+
+    @property
+    def shared_ratio(self) -> float:
+        """Share of the examples' tokens that are not computed, because examples of a row begin alike."""
+        return 1 - self.computed_tokens / self.separate_tokens if self.separate_tokens else 0.0
 
 
-def _largest_row(store: TokenStore, order: Order, budget: int) -> Row:
-    """The largest row of the steps looked at, never smaller than the longest example."""
-    tokens = supervised = 0
-    for row in _rows(store, order, budget):
-        tokens, supervised = max(tokens, row.tokens), max(supervised, len(row.targets_S))
-    longest = store[int(store.lengths.argmax())]
-    return Row(max(tokens, needed_tokens(longest)), max(supervised, longest.supervised_targets))
+class _Looks:
+    """What the run's first steps come to at a budget; each is laid out once."""
 
+    def __init__(self, store: TokenStore, order: Order, *, shared: bool) -> None:
+        self.store, self.order, self.shared = store, order, shared
+        self._seen: dict[int, _Laid] = {}
 
-def _shared_ratio(store: TokenStore, order: Order, budget: int) -> float:
-    """Share of the examples' tokens that are not computed, because examples of a row begin alike."""
-    computed = separate = 0
-    for row in _rows(store, order, budget):
-        computed, separate = computed + row.tokens, separate + row.separate_tokens
-    return 1 - computed / separate if separate else 0.0
+    def at(self, budget: int) -> _Laid:
+        """The rows of at most so many tokens."""
+        if budget not in self._seen:
+            longest = self.store[int(self.store.lengths.argmax())]
+            tokens, predictions, computed, separate = needed_tokens(longest), longest.supervised_targets, 0, 0
+            for step in range(1, min(self.order.steps, _STEPS_LOOKED_AT) + 1):
+                for row in self.step(step, budget):
+                    tokens, predictions = max(tokens, row.tokens), max(predictions, len(row.targets_S))
+                    computed, separate = computed + row.tokens, separate + row.separate_tokens
+            self._seen[budget] = _Laid(Row(tokens, predictions), computed, separate)
+        return self._seen[budget]
 
+    def step(self, step: int, budget: int) -> list[MicroBatch]:
+        """A step's rows."""
+        return micro_batches(self.store, self.order.step(step), budget, packed=True, shared=self.shared)
 
-def _typical_row(store: TokenStore, order: Order, budget: int) -> MicroBatch:
-    rows = sorted(micro_batches(store, order.step(1), budget, packed=True), key=lambda row: row.tokens)
-    return rows[len(rows) // 2]
+    def typical_row(self, budget: int) -> MicroBatch:
+        """The middle one of the first step's."""
+        rows = sorted(self.step(1, budget), key=lambda row: row.tokens)
+        return rows[len(rows) // 2]
 
 
 def _step_tokens(store: TokenStore, order: Order) -> Iterator[int]:

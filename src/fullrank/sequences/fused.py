@@ -84,8 +84,9 @@ def _tried(loss: SummedLoss, given: list[torch.Tensor], targets_S: torch.Tensor)
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        total = loss(hidden_SH, targets_S, *parameters)
-        found = [total.detach(), *torch.autograd.grad(total, given)]
+        with torch.enable_grad():
+            total = loss(hidden_SH, targets_S, *parameters)
+            found = [total.detach(), *torch.autograd.grad(total, given)]
         float(found[1].float().sum())  # waits for the device
         seconds.append(time.perf_counter() - started)
     return found, min(seconds[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -58,17 +59,18 @@ def profile(recipe: Recipe, run: Run, base: ResolvedModel, steps: int) -> Profil
     run.tell("started", stage="profile")
     with Meter() as meter, quiet():
         setup = set_up(recipe, run, base, plan)
-        stopwatch = Stopwatch(setup.device)
-        wanted = [1 + number % setup.order.steps for number in range(1 + 2 * steps)]
+        stopwatch = Stopwatch(setup.device, repeats_products=plan.recompute != "selective")
+        ones = [1 + number % setup.order.steps for number in range(1, 1 + steps)]
+        wanted = [1, *ones, *ones]
         timed = _execute(recipe, setup, wanted, watched_from=1 + steps, stopwatch=stopwatch)
         first, plain = next(timed), list(itertools.islice(timed, steps))
         watched = list(timed)
-        measured = _measured_memory(setup, _largest_row(setup))
+        measured = _measured_memory(setup, _largest_row(setup), plan)
         peak = devices.device_peak_bytes(setup.device) or meter.peak_bytes
     best = devices.best_product_rate(setup.device, torch.bfloat16 if plan.precision == "bf16-mixed" else torch.float32)
     seconds = statistics.median(step.seconds for step in plain)
-    needed = int(statistics.median(sum(needed_flops(setup.rows, row) for row in step.rows) for step in plain))
     rows = [row for step in plain for row in step.rows]
+    needed = sum(needed_flops(setup.rows, row) for row in rows)
     phases = {"data wait": sum(step.waited for step in watched), **stopwatch.phases}
     found = Profile(
         device_name=plan.machine.device_name,
@@ -81,9 +83,9 @@ def profile(recipe: Recipe, run: Run, base: ResolvedModel, steps: int) -> Profil
         tokens_per_second=sum(row.separate_tokens for row in rows) / sum(step.seconds for step in plain),
         phases={name: total / steps for name, total in phases.items()},
         modules=_modules(stopwatch, steps),
-        needed_flops=needed,
+        needed_flops=needed // steps,
         best_flops_per_second=best,
-        utilisation=needed / seconds / best,
+        utilisation=needed / sum(step.seconds for step in plain) / best,
         rows_per_step=len(rows) / steps,
         row_tokens=int(statistics.median(row.tokens for row in rows)),
         separate_tokens=sum(row.separate_tokens for row in rows),
@@ -116,8 +118,8 @@ def _execute(recipe: Recipe, setup: Setup, wanted: Sequence[int], *, watched_fro
             engine.step(rows, supervised, learning_rate=rate, seed=step_seed(train.seed, step))
         lengths = [needed_tokens(setup.store[int(example)]) for example in examples]
         yield _Timed(time.perf_counter() - started, waited, len(examples), rows, lengths)
-        started = time.perf_counter()
         between_steps()
+        started = time.perf_counter()
 
 
 def _modules(stopwatch: Stopwatch, steps: int) -> list[ModuleTime]:
@@ -145,14 +147,14 @@ def _largest_row(setup: Setup) -> MicroBatch:
     return max(itertools.chain.from_iterable(laid_out), key=lambda row: row.tokens)
 
 
-def _measured_memory(setup: Setup, row: MicroBatch) -> dict[str, int]:
+def _measured_memory(setup: Setup, row: MicroBatch, plan: Plan) -> dict[str, int]:
     """Bytes of the parts that can be told apart: tensors of the model and its optimizer, and what a row's graph keeps."""
     model = setup.rows.model
     parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
     weights = sum(p.untyped_storage().nbytes() for p in parameters.values())
     state = setup.engine.state()
     moments = (tensor for kind, tensors in state.tensors.items() if kind != "weights" for tensor in tensors.values())
-    found = {"weights": weights, "gradients": weights, "optimizer": sum(tensor.nbytes for tensor in moments)}
+    found = {"weights": weights, "optimizer": sum(tensor.nbytes for tensor in moments)}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,7 +163,8 @@ def _measured_memory(setup: Setup, row: MicroBatch) -> dict[str, int]:
             kept[storage.data_ptr()] = storage.nbytes()  # alive as long as the graph is, so no two share an address
         return tensor
 
-    if setup.engine.recompute == "none":  # recomputation keeps tensors in ways of its own
+    # Recomputation keeps tensors in ways of its own, autocast keeps copies of weights among them.
+    if plan.recompute == "none" and plan.precision == "fp32":
         model.train()
         with (
             setup.rows.ready(),
@@ -169,6 +172,7 @@ def _measured_memory(setup: Setup, row: MicroBatch) -> dict[str, int]:
             setup.engine.compute_type(),
         ):
             add_gradients(setup.rows, row.to(setup.device), row.supervised_tokens)
+        found["gradients"] = sum(p.grad.nbytes for p in parameters.values() if p.grad is not None)
         model.zero_grad(set_to_none=True)
         found["activations"] = sum(kept.values())
     return found
@@ -183,9 +187,9 @@ def advice(found: Profile, plan: Plan, layout_note: str) -> list[str]:
         return found.phases.get(phase, 0.0) / whole
 
     if layout_note:
-        said.append(f"{layout_note}: rows are shorter and nothing is shared")
+        said.append(layout_note)
     if plan.recompute != "none":
-        more = "the blocks' activations" if plan.recompute == "block" else "what is recomputed of them"
+        more = "the blocks' activations" if plan.recompute == "block" else "more activations"
         said.append(
             f"recomputation ({plan.recompute}) lengthens the backward pass, {ratio('backward'):.2f} of the step: with more "
             f"memory (machine.memory_limit) or a shorter data.max_length the plan keeps {more}"
@@ -201,9 +205,9 @@ def advice(found: Profile, plan: Plan, layout_note: str) -> list[str]:
             "so a larger train.global_batch_size spreads it"
         )
     if ratio("data wait") > _WAIT_RATIO:
-        said.append(f"the device waits for rows {ratio('data wait'):.2f} of the time: the disk of the run folder is slow to read")
+        said.append(f"the device waits for rows {ratio('data wait'):.2f} of the time: making them takes longer than a step")
     threads = plan.machine.threads
-    if plan.machine.device == "cpu" and threads < plan.machine.cores:
+    if plan.machine.device == "cpu" and "OMP_NUM_THREADS" in os.environ and threads < plan.machine.cores:
         said.append(
             f"torch computes with {threads} of {plan.machine.cores} cores: unset OMP_NUM_THREADS, or set it to the number of "
             "physical cores"

@@ -18,10 +18,15 @@ from fullrank.parallel import device as devices
 
 
 class Stopwatch:
-    """Times phases (`phase`, as `fullrank.sequences.loss.Watch` has it) and modules (`watching`)."""
+    """Times phases (`phase`, as `fullrank.sequences.loss.Watch` has it) and modules (`watching`).
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        device: whose work is timed.
+        repeats_products: whether modules called again in the backward pass compute their products again.
+    """
+
+    def __init__(self, device: torch.device, *, repeats_products: bool = True) -> None:
+        self._device, self._repeated = device, int(repeats_products)
         self.phases: dict[str, float] = {}
         self.forward: dict[str, float] = {}
         """Seconds by module, without the modules inside it."""
@@ -80,10 +85,6 @@ class Stopwatch:
         def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
             self.calls[name] = self.calls.get(name, 0) + 1
             self._begin(name, self.forward)
-            if isinstance(module, nn.Linear):
-                forward = 2 * module.weight.numel() * (given[0].numel() // module.in_features)
-                times = 1 if self._phase == "backward" else 3  # recomputed; or once, and twice as much on the way back
-                self.products[name] = self.products.get(name, 0) + times * forward
             # The gradient of its input is the last thing that its backward pass makes.
             given = tuple(self._stamped(value, lambda: self._end(name)) for value in given[:1]) + given[1:]
             if "hidden_states" in named:
@@ -95,6 +96,10 @@ class Stopwatch:
     def _after(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, given: Any, out: Any) -> Any:
             self._end(name)
+            if isinstance(module, nn.Linear):
+                forward = 2 * module.weight.numel() * (out.numel() // module.out_features)
+                times = self._repeated if self._phase == "backward" else 3  # once, and twice as much on the way back
+                self.products[name] = self.products.get(name, 0) + times * forward
             if isinstance(out, tuple):
                 return (self._stamped(out[0], lambda: self._begin(name, self.backward)), *out[1:])
             return self._stamped(out, lambda: self._begin(name, self.backward))
@@ -114,7 +119,7 @@ class _Stamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, reached: Callable[[], None]) -> torch.Tensor:
         ctx.reached = reached
-        return value.view_as(value)
+        return value.detach()  # no view, so that a model may go on to change it in place
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:

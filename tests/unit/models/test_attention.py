@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from fullrank.models import attention
 from fullrank.models.attention import attend, attending_to_rows
@@ -125,16 +125,21 @@ def test_flex_attention_is_given_the_same_mask(window: int | None, softcap: floa
 
 
 def test_flex_attention_is_refused_where_it_does_not_run() -> None:
-    config = tiny.config("gemma2", 300)
+    config = tiny.config("gemma2", 300)  # capped scores: no blocks on a CPU
     # no backward pass on a CPU: asked as if it were an accelerator's, it must say no instead of failing later
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_compiled_flex", lambda: _unable)
-        patch.setattr(attention, "_Blockwise", None)
-        assert not attention.flex_is_right(config, torch.device("cpu"), torch.float32, row(0))
+    assert not attention.flex_is_right(config, torch.device("cpu"), torch.float32, row(0))
 
 
-def _unable(*_: Any, **__: Any) -> torch.Tensor:
-    raise NotImplementedError("no backward pass")
+@pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.01, False)])
+def test_flex_attention_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch, factor: float, right: bool) -> None:
+    def stand_in(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any) -> torch.Tensor:
+        tokens = query.shape[2]
+        mask = create_mask(named["block_mask"].mask_mod, None, None, tokens, tokens, device="cpu")[0, 0]
+        return factor * attention._dense(query, key, value, mask, named["scale"], 0.0, 2.0, None)
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: stand_in)
+    config = tiny.config("gemma2", 300)
+    assert attention.flex_is_right(config, torch.device("cpu"), torch.float32, row(0)) is right
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: flex attention has no backward pass elsewhere")

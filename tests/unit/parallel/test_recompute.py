@@ -54,7 +54,7 @@ def test_only_whole_blocks_repeat_products(tmp_path: Path) -> None:
     assert selective["aten.silu.default"] > usual["aten.silu.default"]  # it does recompute
 
 
-@pytest.mark.parametrize("how", ["block", "offload"])
+@pytest.mark.parametrize("how", ["selective", "block", "offload"])
 def test_dropout_is_drawn_as_it_was(tmp_path: Path, how: str) -> None:
     batch = row(tmp_path)
     gradients = []

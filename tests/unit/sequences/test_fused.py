@@ -53,8 +53,16 @@ def test_what_is_right_and_faster_is_taken(monkeypatch: pytest.MonkeyPatch, bias
 
 @pytest.mark.parametrize("loss", [wrong, slow, failing])
 def test_what_is_wrong_or_slower_is_left(monkeypatch: pytest.MonkeyPatch, loss: Any) -> None:
+    if loss is not slow:
+        monkeypatch.setattr(fused, "_own", slow)  # so that it is not its time that it is left for
     monkeypatch.setattr(fused, "candidates", lambda: iter([loss]))
     assert fused.with_fastest(a_head(), CPU, torch.float32).summed is None
+
+
+def test_a_trial_needs_no_gradients_to_be_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "candidates", lambda: iter([plain]))
+    with torch.no_grad():
+        fused.with_fastest(a_head(), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("changes", [{"scale": 2.0}, {"cap": 3.0}])

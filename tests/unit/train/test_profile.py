@@ -13,7 +13,7 @@ from fullrank.models.load import load_model
 from fullrank.parallel import device as devices
 from fullrank.plan import stage as plan_stage
 from fullrank.records import Plan, Profile
-from fullrank.run import need_record, read_record
+from fullrank.run import need_record, read_record, write_record
 from fullrank.sequences.layout import micro_batches, needed_tokens
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
@@ -59,7 +59,7 @@ def test_its_parts_add_up(profiled: tuple[Staged, Profile]) -> None:
     inside = sum(module.forward_seconds for module in found.modules)
     assert 0 < inside <= found.phases["forward"]
     assert sum(module.backward_seconds for module in found.modules) <= found.phases["backward"]
-    assert found.utilisation == pytest.approx(found.needed_flops / found.step_seconds / BEST)
+    assert found.utilisation == pytest.approx(found.needed_flops * found.examples_per_second / 4 / BEST, rel=1e-6)
 
 
 def test_its_memory_is_that_of_the_tensors(profiled: tuple[Staged, Profile]) -> None:
@@ -80,6 +80,17 @@ def test_it_leaves_a_record_and_nothing_else(profiled: tuple[Staged, Profile]) -
     assert not run.run.train.exists() and not run.run.model.exists()
 
 
+@pytest.mark.parametrize("how", ["selective", "block", "offload"])
+def test_recomputed_steps_are_profiled(tmp_path: Path, tiny_model_folder: Callable[..., Path], how: str) -> None:
+    run = staged(write_case(tmp_path, tiny_model_folder("llama")))
+    run.data()
+    plan = run.plan()
+    write_record(run.run.plan_path, plan.model_copy(update={"recompute": how}))
+    found = profiles.profile(run.recipe, run.run, run.base, 1)
+    assert sum(module.forward_seconds + module.backward_seconds for module in found.modules) <= sum(found.phases.values())
+    assert {part.measured_bytes for part in found.memory if part.part == "activations"} == {None}
+
+
 def test_more_steps_than_the_run_has_are_taken_again(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
     run = staged(write_case(tmp_path, tiny_model_folder("llama"), train={"epochs": 0.25}))
     run.data()
@@ -96,12 +107,18 @@ def test_more_steps_than_the_run_has_are_taken_again(tmp_path: Path, tiny_model_
         ({"row_tokens": 100, "rows_per_step": 1}, {}, "", "larger train.global_batch_size"),
         ({"phases": {"forward": 1.0, "optimizer": 0.5}}, {}, "", "the optimizer takes 0.33"),
         ({"phases": {"forward": 1.0, "data wait": 0.5}}, {}, "", "waits for rows 0.33"),
-        ({}, {"machine": {"threads": 1, "cores": 4}}, "", "1 of 4 cores"),
+        ({}, {"machine": {"threads": 1, "cores": 4}}, "", "1 of 4 cores"),  # with OMP_NUM_THREADS
     ],
 )
 def test_advice_follows_the_figures(
-    profiled: tuple[Staged, Profile], changes: dict[str, Any], plan_changes: dict[str, Any], note: str, words: str
+    profiled: tuple[Staged, Profile],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    plan_changes: dict[str, Any],
+    note: str,
+    words: str,
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run, found = profiled
     plan = need_record(run.run.plan_path, Plan, "plan")
     machine = plan.machine.model_copy(update={"threads": 2, "cores": 2} | plan_changes.pop("machine", {}))

@@ -6,9 +6,11 @@ import time
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
+from fullrank.parallel.recompute import recompute_blocks
 from fullrank.train import stopwatch
 from fullrank.train.stopwatch import Stopwatch
 
@@ -115,3 +117,39 @@ def test_a_module_whose_input_needs_no_gradient_ends_with_the_phase() -> None:
             out.sum().backward()
             time.sleep(0.01)
     assert watch.backward["embed"] >= 0.01
+
+
+class InPlace(nn.Module):
+    """Goes on to change what a module inside gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inside(x)
+        out += x
+        return out
+
+
+def test_a_model_may_change_outputs_in_place() -> None:
+    watch, model = Stopwatch(CPU), InPlace()
+    x = torch.randn(5, 3)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with watch.watching(model), watch.phase("forward"):
+        found = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("how", "products"), [("none", 3), ("selective", 3), ("block", 4)])
+def test_products_are_those_that_are_computed(how: str, products: int) -> None:
+    model = tiny.model("llama").train()
+    recompute_blocks(model, how)
+    watch = Stopwatch(CPU, repeats_products=how != "selective")
+    with watch.watching(model.base_model):
+        with watch.phase("forward"):
+            out = model.base_model(input_ids=torch.arange(10)[None], use_cache=False).last_hidden_state
+        with watch.phase("backward"):
+            out.sum().backward()
+    weights = model.base_model.layers[0].mlp.up_proj.weight.numel()
+    assert watch.products["layers.*.mlp.up_proj"] == 2 * products * 2 * 10 * weights  # two blocks
