@@ -149,6 +149,7 @@ def speed() -> str:
     results = _results("speed-cpu")
     figures, machine = results["figures"], results["machine"]
     versions = figures["peer_versions"]
+    planned = ", ".join(f"{figures[name]['ours']['peak_planned'] / 1e9:.2f}" for name in _SPEED_DATA)
     tables = []
     for name, words in _SPEED_DATA.items():
         case = figures[name]
@@ -165,7 +166,7 @@ def speed() -> str:
 SmolLM2-135M, fp32, the same examples, batch, learning rate and threads on {machine["cores"]} cores ({machine["processor"]}),
 processes alternating, medians of {figures["rounds"]} rounds ([results](../benchmarks/results/speed-cpu.json)). \
 TRL {versions["trl"]}, transformers {versions["transformers"]}, torch {versions["torch"]}.
-The first step counts from when libraries are imported.
+The first step counts from when libraries are imported; the plan had foreseen {planned} GB for fullrank.
 
 {(chr(10) * 2).join(tables)}
 """

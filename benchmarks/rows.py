@@ -101,7 +101,7 @@ def _group(prompt_tokens: int) -> list[Tokens]:
 
 def _shared_and_separate(engine: SingleDevice, store: TokenStore, rounds: int) -> dict[str, float]:
     ways = {
-        name: micro_batches(store, range(len(store)), 1024, packed=True, shared=name == "shared")
+        name: micro_batches(store, range(len(store)), 2048, packed=True, shared=name == "shared")
         for name in ("shared", "separate")
     }
     seconds = _compared(engine, ways, rounds)

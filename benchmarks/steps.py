@@ -58,7 +58,7 @@ def divided(folder: Path) -> dict[str, float]:
         "linear_flops_per_second": operations / sum(seconds),
         "best_flops_per_second": found["best_flops_per_second"],
         "utilisation": found["utilisation"],
-        "ceiling": found["needed_flops"] / (whole * sum(ratios.values())) / found["best_flops_per_second"],
+        "ceiling": found["utilisation"] / sum(ratios.values()),
         "peak_bytes": found["peak_bytes"],
         "peak_bytes_planned": found["peak_bytes_planned"],
     }
