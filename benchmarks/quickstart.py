@@ -94,6 +94,9 @@ def main() -> None:
         env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PIP_NO_CACHE_DIR": "1"}
         for part in options.parts:
             figures[part] = {"first": first, "second": second, "tests": tests, "gsm8k": gsm8k}[part](clone, env)
+            figures[part]["commit"] = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, check=True
+            ).stdout.strip()
             print(part, json.dumps(figures[part], indent=2))
             print(f"wrote {write('quickstart', figures, targets(figures), clone)}")
     finally:

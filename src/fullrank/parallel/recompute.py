@@ -2,7 +2,7 @@
 
 selective   kept of a block: its input, what its matrix products and attention gave; the rest (norms, rotary angles, activation
             functions, products of elements) is made again, which costs passes over memory but no product (experts' grouped
-                products excepted)
+            products excepted)
 block       kept of a block: its input; the block is computed again (Chen et al. 2016, Training Deep Nets with Sublinear Memory
             Cost), a third more products
 offload     as block, the input waiting in host memory (on a CPU the same as block)
@@ -61,17 +61,10 @@ def _offloaded(block: Callable[..., Any], hidden: torch.Tensor, *rest: Any) -> A
 
     A block that is given more that needs a gradient (the last one, `fullrank.models.rows`) keeps its input where it is.
     """
-    if any(isinstance(more, torch.Tensor) and more.requires_grad for more in (*rest, *_named(block).values())):
+    named = block.keywords if isinstance(block, functools.partial) else {}
+    if any(isinstance(more, torch.Tensor) and more.requires_grad for more in (*rest, *named.values())):
         return checkpoint(block, hidden, *rest, use_reentrant=False)
-    return _Offloaded.apply(functools.partial(_with_hidden_first, block, rest), hidden)  # type: ignore[no-untyped-call]
-
-
-def _named(block: Callable[..., Any]) -> dict[str, Any]:
-    return block.keywords if isinstance(block, functools.partial) else {}
-
-
-def _with_hidden_first(block: Callable[..., Any], rest: tuple[Any, ...], hidden: torch.Tensor) -> Any:
-    return block(hidden, *rest)
+    return _Offloaded.apply(lambda moved: block(moved, *rest), hidden)  # type: ignore[no-untyped-call]
 
 
 class _Offloaded(torch.autograd.Function):

@@ -41,8 +41,6 @@ _RECOMPUTATIONS: dict[str, tuple[Recompute, ...]] = {
     "mps": ("none", "block"),
     "cuda": ("none", "block", "offload"),
 }
-#: Steps whose layout is looked at for the largest row.
-_STEPS_LOOKED_AT = 200
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ class _Looks:
         if budget not in self._seen:
             longest = self.store[int(self.store.lengths.argmax())]
             tokens, predictions, computed, separate = needed_tokens(longest), longest.supervised_targets, 0, 0
-            for step in range(1, min(self.order.steps, _STEPS_LOOKED_AT) + 1):
+            for step in self.order.first_steps:
                 for row in self.step(step, budget):
                     tokens, predictions = max(tokens, row.tokens), max(predictions, len(row.targets_S))
                     computed, separate = computed + row.tokens, separate + row.separate_tokens

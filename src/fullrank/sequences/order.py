@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
+_STEPS_LOOKED_AT = 200
+
 
 @dataclass(frozen=True)
 class Order:
@@ -45,6 +47,11 @@ class Order:
         epoch, within = divmod(step - 1, self.steps_per_epoch)
         permutation = _permutation(self.seed, epoch, self.examples)
         return permutation[within * self.global_batch_size : (within + 1) * self.global_batch_size]
+
+    @property
+    def first_steps(self) -> range:
+        """Steps that stand for the run where rows are looked at before it."""
+        return range(1, min(self.steps, _STEPS_LOOKED_AT) + 1)
 
     def epoch_after(self, step: int) -> float:
         """Passes over the data completed after a step."""

@@ -9,12 +9,25 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from fullrank.parallel import device as devices
+
+
+@dataclass
+class _Running:
+    """A module under way."""
+
+    name: str
+    total: dict[str, float]
+    """Where its seconds go."""
+    began: float
+    inside: float = 0.0
+    """Seconds of modules inside it."""
 
 
 class Stopwatch:
@@ -35,7 +48,7 @@ class Stopwatch:
         self.products: dict[str, int] = {}
         """Operations of linear modules, forward and backward."""
         self._phase = ""
-        self._running: list[tuple[str, dict[str, float], float, float]] = []  # name, total, begin, seconds of those inside
+        self._running: list[_Running] = []
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -45,7 +58,7 @@ class Stopwatch:
             yield
         finally:
             while self._running:  # a module whose input needs no gradient ends with its phase
-                self._end(self._running[-1][0])
+                self._end(self._running[-1].name)
             self.phases[name] = self.phases.get(name, 0.0) + self._now() - started
 
     @contextlib.contextmanager
@@ -66,19 +79,18 @@ class Stopwatch:
         return time.perf_counter()
 
     def _begin(self, name: str, total: dict[str, float]) -> None:
-        self._running.append((name, total, self._now(), 0.0))
+        self._running.append(_Running(name, total, self._now()))
 
     def _end(self, name: str) -> None:
         now = self._now()
-        if not any(running[0] == name for running in self._running):
+        if not any(running.name == name for running in self._running):
             return
         while self._running:  # what is still running inside ends with it
-            ended, total, began, inside = self._running.pop()
-            total[ended] = total.get(ended, 0.0) + now - began - inside
+            ended = self._running.pop()
+            ended.total[ended.name] = ended.total.get(ended.name, 0.0) + now - ended.began - ended.inside
             if self._running:
-                *above, seconds = self._running[-1]
-                self._running[-1] = (*above, seconds + now - began)  # type: ignore[assignment]
-            if ended == name:
+                self._running[-1].inside += now - ended.began
+            if ended.name == name:
                 return
 
     def _before(self, name: str) -> Callable[..., Any]:
