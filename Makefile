@@ -4,6 +4,7 @@
 #   make test                  the test suite            make test-all   with the long grids
 #   make check                 lint, types, layers       make test-lowest   lowest declared transformers (and torch)
 #   make bench-speed TEXT=DIR  steps beside TRL's and transformers', in an environment of their own; DIR holds the data sets
+#   make bench-memory TEXT=DIR bytes a parameter, exactness, time and quality of every optimizer and place to wait
 #
 # PYTHON=python3.12                   another interpreter
 # TORCH_INDEX=URL                     fetch torch from this index, such as the CPU-only one that pytorch.org's installer names
@@ -17,7 +18,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS = gguf,rouge,report,data
 SETTINGS = pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-all test-lowest check format bench-quickstart bench-speed clean
+.PHONY: quickstart test test-all test-lowest check format bench-quickstart bench-speed bench-memory clean
 
 quickstart: $(VENV)/.installed
 	@echo "environment: $(VENV)"
@@ -46,6 +47,9 @@ bench-speed: $(VENV)/.installed-dev $(PEER)/.installed
 	$(BIN)/python benchmarks/speed.py --text $(TEXT) --peer $(PEER)/bin/python
 	$(BIN)/python benchmarks/steps.py --text $(TEXT)
 	$(BIN)/python benchmarks/rows.py --text $(TEXT)
+
+bench-memory: $(VENV)/.installed-dev $(PEER)/.installed
+	$(BIN)/python benchmarks/memory.py --text $(TEXT) --peer $(PEER)/bin/python
 
 test-lowest:
 	$(PYTHON) tests/lowest.py

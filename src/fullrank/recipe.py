@@ -212,19 +212,29 @@ class Data(Section):
         return test
 
 
-class Optimizer(Section):
-    """The rule of the update."""
+class _Rule(Section):
+    """What every rule of the update has."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019) with fp32 weights and moments, 16 bytes a parameter."""
     learning_rate: float = Field(default=2e-5, gt=0.0)
     """Peak learning rate; 2e-5 is the usual start for full fine-tuning (1e-5 to 5e-5), small models take more."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled decay of matrices; 0 by default: decay pulls towards zero, away from the base model."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Factor on the learning rate from each block to the one below it, the embedding lowest; 1 by default: one rate for all.
+    0.9 leaves early blocks, which hold what is general, nearer to the base (Howard & Ruder 2018, discriminative fine-tuning)."""
+
+
+class AdamW(_Rule):
+    """AdamW (Loshchilov & Hutter 2019): the reference for full fine-tuning. Two fp32 moments, 8 bytes a parameter."""
+
+    name: Literal["adamw"] = "adamw"
+    """adamw."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Moment decays; 0.95 for the second reacts faster in short runs than the pre-training habit of 0.999."""
     eps: float = Field(default=1e-8, gt=0.0)
     """Term added to the root of the second moment."""
+    moments: Literal["fp32", "int8"] = "fp32"
+    """Type of the moments. int8: block-wise codes of 8 bits (Dettmers et al. 2022), 2 bytes a parameter instead of 8."""
 
     @field_validator("betas")
     @classmethod
@@ -232,6 +242,60 @@ class Optimizer(Section):
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError("both betas must be in [0, 1)")
         return betas
+
+
+class Muon(_Rule):
+    """Muon (Jordan et al. 2024) for the matrices of blocks: one fp32 momentum, orthogonalised; AdamW for everything else. 4 bytes
+    a parameter of the blocks. A modern alternative to AdamW, mostly known from pre-training."""
+
+    name: Literal["muon"]
+    """muon."""
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Decay of the momentum."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Moment decays of AdamW, where it is used."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """Term of AdamW, where it is used."""
+
+
+class Adafactor(_Rule):
+    """Adafactor (Shazeer & Stern 2018) as torch has it: a second moment by rows and columns, no first. Bytes of a row and a
+    column. For little memory where AdaLomo's gradient release is not wanted."""
+
+    name: Literal["adafactor"]
+    """adafactor."""
+    learning_rate: float = Field(default=5e-4, gt=0.0)
+    """Peak rate *relative to the root mean square of each tensor*: with weights of about 0.05, 5e-4 moves them as AdamW's
+    2e-5."""
+
+
+class Lomo(_Rule):
+    """LOMO (Lv et al. 2023): plain gradient descent, fused into the backward pass. No state, so 0 bytes a parameter; learns
+    clearly less well than AdamW. For models of which nothing else fits."""
+
+    name: Literal["lomo"]
+    """lomo."""
+    learning_rate: float = Field(default=1e-2, gt=0.0)
+    """Peak learning rate; gradient descent takes a hundred times and more of AdamW's (the authors search 1e-2 to 1e-1)."""
+
+
+class AdaLomo(_Rule):
+    """AdaLomo (Lv et al. 2024): Adafactor's second moment, updates normalised tensor by tensor, fused into the backward pass.
+    Bytes of a row and a column; its normalisation takes the place of clipping. The choice for the largest models."""
+
+    name: Literal["adalomo"]
+    """adalomo."""
+    learning_rate: float = Field(default=5e-4, gt=0.0)
+    """Peak rate *relative to the root mean square of each tensor*; 5e-4 is the authors' for instruction tuning."""
+
+
+def _with_a_name(value: Any) -> Any:
+    return {"name": "adamw", **value} if isinstance(value, dict) else value
+
+
+Optimizer = Annotated[
+    Annotated[AdamW | Muon | Adafactor | Lomo | AdaLomo, Field(discriminator="name")], BeforeValidator(_with_a_name)
+]
 
 
 class Schedule(Section):
@@ -254,6 +318,13 @@ class EarlyStopping(Section):
     """Smallest fall of the loss (nats per token) that counts as improvement."""
 
 
+_LOSES_UPDATES = (
+    "{what} would learn next to nothing: a bf16 number has 8 significant bits, so an update below about 1/512 of its weight "
+    "(half a unit in the last place) vanishes, and most updates of fine-tuning are; use bf16-stochastic (2 bytes a weight), "
+    "bf16-kahan (4), or bf16-mixed or fp32 (4, the master copy)"
+)
+
+
 class Train(Section):
     """The optimizer steps."""
 
@@ -261,20 +332,54 @@ class Train(Section):
     """Passes over the training examples; fractions are allowed."""
     global_batch_size: int = Field(default=16, ge=1)
     """Examples per optimizer step, whatever the micro-batches."""
-    optimizer: Optimizer = Optimizer()
-    """The rule of the update."""
+    optimizer: Optimizer = AdamW()
+    """The rule of the update: adamw (by default), muon, adafactor, lomo or adalomo."""
     schedule: Schedule = Schedule()
     """The learning rate over the steps."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0.0)
-    """Global gradient norm above which gradients are scaled down; null switches clipping off."""
-    precision: Literal["auto", "fp32", "bf16-mixed"] = "auto"
-    """Compute type over fp32 weights; auto takes bf16-mixed on CUDA devices that have it, fp32 elsewhere."""
+    max_grad_norm: float | Literal["auto"] | None = "auto"
+    """Global gradient norm above which gradients are scaled down; null switches clipping off. auto: 1.0, and null for adalomo,
+    which normalises its updates itself."""
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16-stochastic", "bf16-kahan", "bf16-nearest"] = "auto"
+    """Type of weights and products; auto takes bf16-mixed on CUDA devices that have it, fp32 elsewhere. fp32: all of it.
+    bf16-mixed: bf16 products over fp32 weights, which are the master copy. bf16-stochastic: weights of 2 bytes, updates rounded
+    up or down by chance, so that small ones are kept on average. bf16-kahan: 2 bytes more, which hold what rounding left over.
+    bf16-nearest: what is too small for the nearest bf16 number is lost; lomo and adalomo alone, as their authors publish them."""
+    frozen: list[str] = Field(default_factory=list)
+    """Parameters that are not trained, by name or pattern, such as model.embed_tokens.* or model.layers.[0-3].*; none by
+    default."""
     evaluate_every_steps: int = Field(default=500, ge=1)
     """Steps between validations; there is always one before the first step and one after the last."""
     early_stopping: EarlyStopping | None = None
     """Off unless given; the weights of the best validation are exported either way."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Seed of the validation split, the order of examples and dropout."""
+    """Seed of the validation split, the order of examples, dropout and stochastic rounding."""
+
+    @property
+    def clip_norm(self) -> float | None:
+        """`max_grad_norm` with `auto` resolved."""
+        if self.max_grad_norm == "auto":
+            return None if self.optimizer.name == "adalomo" else 1.0
+        return self.max_grad_norm
+
+    @field_validator("max_grad_norm")
+    @classmethod
+    def _norm_above_zero(cls, norm: float | str | None) -> float | str | None:
+        if isinstance(norm, float) and norm <= 0.0:
+            raise ValueError("must be greater than 0; null switches clipping off")
+        return norm
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _keeps_small_updates(cls, precision: Any) -> Any:
+        if precision in ("bf16", "bfloat16"):
+            raise ValueError(_LOSES_UPDATES.format(what="bf16 weights without a master copy"))
+        return precision
+
+    @model_validator(mode="after")
+    def _rounding_fits_the_rule(self) -> Train:
+        if self.precision == "bf16-nearest" and self.optimizer.name not in ("lomo", "adalomo"):
+            raise ValueError(_LOSES_UPDATES.format(what=f"precision: bf16-nearest with {self.optimizer.name}"))
+        return self
 
 
 class Task(Section):
@@ -355,6 +460,14 @@ class Machine(Section):
     """auto takes CUDA, then MPS, then the CPU."""
     memory_limit: str | int | None = None
     """Most memory the plan may use, such as 8GB; by default nine tenths of what is free."""
+    gradients: Literal["auto", "keep", "release", "spill"] = "auto"
+    """Where gradients wait for the update; the weights that follow are the same. keep: in memory, 4 bytes a parameter. release:
+    one block's at a time is alive; where gradients are clipped, a first backward pass finds the norm and a second one updates.
+    spill: one block's at a time is in memory, the rest on disk (on CUDA in host memory) until the norm is known: one pass. auto:
+    release for lomo and adalomo, keep for the others."""
+    optimizer_states: Literal["device", "host", "disk"] = "device"
+    """Where moments wait between steps: on the device, in host memory (CUDA), or in a file beside the run; block by block they
+    are brought to the update and taken away again."""
     workers: int | None = Field(default=None, ge=1)
     """Processes that prepare data; by default one a core."""
 
@@ -384,11 +497,31 @@ class Recipe(Section):
     machine: Machine = Machine()
     """Where the run may take place."""
 
+    @property
+    def gradients(self) -> Literal["keep", "release", "spill"]:
+        """`machine.gradients` with `auto` resolved."""
+        if self.machine.gradients == "auto":
+            return "release" if self.train.optimizer.name in ("lomo", "adalomo") else "keep"
+        return self.machine.gradients
+
+    @model_validator(mode="after")
+    def _fused_rules_release(self) -> Recipe:
+        if self.train.optimizer.name in ("lomo", "adalomo") and self.machine.gradients == "keep":
+            raise ValueError(
+                f"{self.train.optimizer.name} is fused into the backward pass: machine.gradients cannot be keep; leave it out, "
+                "or write release or spill"
+            )
+        return self
+
 
 #: Keys of other tools, and where fullrank keeps the same thing.
 ALIASES: dict[str, str] = {
     "lr": "train.optimizer.learning_rate",
     "optim": "train.optimizer.name",
+    "optimizer_in_bwd": "machine.gradients",
+    "offload_optimizer": "machine.optimizer_states",
+    "freeze": "train.frozen",
+    "unfrozen_parameters": "train.frozen",
     "adam_beta1": "train.optimizer.betas",
     "adam_beta2": "train.optimizer.betas",
     "adam_epsilon": "train.optimizer.eps",

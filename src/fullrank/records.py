@@ -344,7 +344,11 @@ class Plan(StageRecord):
 
     machine: MachineFacts
     model: ModelFacts
-    precision: Literal["fp32", "bf16-mixed"]
+    trained_parameters: int
+    precision: Literal["fp32", "bf16-mixed", "bf16-stochastic", "bf16-kahan", "bf16-nearest"]
+    gradients: Literal["keep", "release", "spill"]
+    """Where they wait for the update: in memory; nowhere, one block's at a time is alive; on disk or in host memory."""
+    optimizer_states: Literal["device", "host", "disk"]
     examples: int
     steps: int
     steps_per_epoch: int
@@ -357,7 +361,7 @@ class Plan(StageRecord):
     """Most tokens one flat row holds."""
     recompute: Literal["none", "selective", "block", "offload"]
     """What of a block's activations is made again in the backward pass: nothing; all but products and attention; all; all, what
-    is kept waiting in host memory."""
+    is kept waiting in host memory or in a file."""
     ledger: list[LedgerLine]
     peak_bytes_predicted: int
     disk_bytes_predicted: int
@@ -376,8 +380,22 @@ class Plan(StageRecord):
             "none": "nothing recomputed",
             "selective": f"norms and products of elements computed {again}",
             "block": f"blocks computed {again}",
-            "offload": f"blocks computed {again}, from inputs in host memory",
+            "offload": f"blocks computed {again}, from inputs in {'host memory' if self.machine.device == 'cuda' else 'a file'}",
         }[self.recompute]
+
+    @property
+    def waiting(self) -> str:
+        """`gradients` and `optimizer_states` in words; empty where both are kept in memory."""
+        place = "host memory" if self.machine.device == "cuda" else "a file"
+        gradients = {
+            "keep": "",
+            "release": "gradients released block by block",
+            "spill": f"gradients waiting in {place} for their norm",
+        }[self.gradients]
+        states = {"device": "", "host": "optimizer states in host memory", "disk": "optimizer states in a file"}[
+            self.optimizer_states
+        ]
+        return ", ".join(filter(None, (gradients, states)))
 
 
 # ---- profile --------------------------------------------------------------------------------------------------------
@@ -560,6 +578,18 @@ class Prediction(Record):
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
 
+class Rehearsal(Record):
+    """`train/layout.json`: how the steps are laid out once the worst of them has been tried, and what it took."""
+
+    micro_batch_tokens: int
+    recompute: Literal["none", "selective", "block", "offload"]
+    peak_bytes: int
+    """Measured while the worst rows were tried."""
+    save_seconds: float
+    amendments: list[str]
+    """What did not fit before this did; empty where the plan's layout fitted."""
+
+
 class StepRow(Record):
     """One line of `train/steps.jsonl`: the facts of one optimizer step."""
 
@@ -579,5 +609,7 @@ class StepRow(Record):
     seconds: float
     memory_bytes: int
     """Resident memory of the process after the step."""
+    changed_ratio: float
+    """Share of the trained weights that the step changed, in a sample of every tensor: rounding can leave them as they are."""
     validation_loss: float | None = Field(default=None)
     """Loss over the validation data after this step, where one was due (the base model's is in the card)."""

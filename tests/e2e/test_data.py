@@ -16,7 +16,7 @@ from staging import leftovers, write_case
 from tiny import chat_rows, write_jsonl
 
 from fullrank.cli.app import main
-from fullrank.plan import stage as plan_stage
+from fullrank.plan import speed
 
 KEY = "AKIAIOSFODNN7EXAMPLX"
 
@@ -43,7 +43,7 @@ def fullrank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
             patch.chdir(cwd)
             patch.setattr(sys, "argv", ["fullrank", *arguments])
             patch.setenv("COLUMNS", str(columns))
-            patch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: None)
+            patch.setattr(speed, "measure", lambda *arguments, **options: None)
             before = signal.getsignal(signal.SIGTERM)
             capsys.readouterr()
             try:

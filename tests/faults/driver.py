@@ -12,7 +12,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
 
-from fullrank.plan import stage as plan_stage
+from fullrank.plan import speed
 from fullrank.train import stage as train_stage
 
 Usage = namedtuple("Usage", "total used free")
@@ -30,7 +30,7 @@ def main() -> None:
     train_stage.steps = slow_steps
     train_stage._SHORTEST_GAP_SECONDS = 0.0
     train_stage._SAVING_SHARE = 1e9  # a save is due after every step
-    plan_stage.speed.measure = lambda *arguments, **options: None
+    speed.measure = lambda *arguments, **options: None
     if os.environ.get("ROOMY_DISK"):
         shutil.disk_usage = lambda path: Usage(10**12, 0, 10**12)
     from fullrank.cli.app import main as fullrank

@@ -17,7 +17,7 @@ from staging import Staged, fresh_here, leftovers, staged, write_case
 
 from fullrank.errors import FitError, UsageError
 from fullrank.models import export
-from fullrank.plan import stage as plan_stage
+from fullrank.plan import speed
 from fullrank.run import Run, verify_manifest, write_text
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint, proof
@@ -34,7 +34,7 @@ def case(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timing of blocks, and the export's fresh load in this process."""
     monkeypatch.setattr(export, "fresh_process", fresh_here)
-    monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: None)
+    monkeypatch.setattr(speed, "measure", lambda *arguments, **options: None)
 
 
 def through(run: Staged) -> None:

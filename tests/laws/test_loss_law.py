@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fullrank.generation.likelihood import example_losses
 from fullrank.models.rows import RowModel
+from fullrank.optim.shelf import InHost
+from fullrank.parallel.blockwise import Blockwise
 from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Train
 from fullrank.sequences import head
@@ -118,22 +119,34 @@ def reference(family: str) -> Reference:
         return Reference(float(total), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
+def engine_of(model: Any, recompute: str) -> SingleDevice:
+    """The engine of one device that recomputes so; released: block by block; spilled: with all elsewhere that can wait."""
+    rows = RowModel(model, adds_gradients=True)
+    train = Train(max_grad_norm=None, precision="fp32")
+    if recompute == "released":
+        return Blockwise(rows, train, gradients="release")
+    if recompute == "spilled":
+        train = Train(max_grad_norm=1e9, precision="fp32")
+        return Blockwise(rows, train, gradients="spill", spilled=InHost("cpu"), states=InHost("cpu"), inputs=InHost("cpu"))
+    return SingleDevice(rows, train, recompute=recompute)
+
+
 def step_of(model: Any, store: TokenStore, budget: int, *, layout: str, recompute: str) -> Reference:
     """Loss and gradients of one step of the engine, read as the optimizer sees them."""
-    engine = SingleDevice(RowModel(model, adds_gradients=True), Train(max_grad_norm=None, precision="fp32"), recompute=recompute)
+    engine = engine_of(model, recompute)
     assert engine.rows.packs and engine.rows.shares, engine.rows.why
     rows = micro_batches(store, range(len(store)), budget, packed=layout != "alone", shared=layout == "shared")
     assert (sum(row.tokens for row in rows) < sum(row.separate_tokens for row in rows)) == (layout == "shared" and budget > 1)
     gradients: dict[str, torch.Tensor] = {}
 
-    def read(*_: Any) -> None:
-        gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    update = engine._updater.update
 
-    hook = register_optimizer_step_pre_hook(read)
-    try:
-        outcome = engine.step(rows, sum(row.supervised_tokens for row in rows), learning_rate=1e-3, seed=0)
-    finally:
-        hook.remove()
+    def read(given: Mapping[str, torch.Tensor], **options: Any) -> None:
+        gradients.update({name: gradient.clone() for name, gradient in given.items()})
+        update(given, **options)
+
+    engine._updater.update = read  # type: ignore[method-assign]
+    outcome = engine.step(rows, sum(row.supervised_tokens for row in rows), learning_rate=1e-3, seed=0)
     assert outcome.updated
     return Reference(outcome.loss, gradients)
 
@@ -153,7 +166,7 @@ def grid(cases: Sequence[tuple[int, str, str, int]], *, slow: bool) -> list[Any]
 
 
 _LAYOUTS = ("shared", "packed", "alone")
-_RECOMPUTE = ("none", "selective", "block", "offload")
+_RECOMPUTE = ("none", "selective", "block", "offload", "released", "spilled")
 _CHUNKS = (1, 1 << 26)  # bytes of logits at once: of 16 predictions, the fewest, or of all
 _FULL = list(itertools.product(BUDGETS, _LAYOUTS, _RECOMPUTE, _CHUNKS))
 _QUICK = [
@@ -161,6 +174,8 @@ _QUICK = [
     (10_000, "shared", "block", 1 << 26),
     (50, "packed", "selective", 1 << 26),
     (24, "shared", "offload", 1 << 26),
+    (50, "shared", "released", 1 << 26),
+    (24, "packed", "spilled", 1),
     (10_000, "alone", "none", 1 << 26),
 ]
 CASES = grid(_QUICK, slow=False) + grid([case for case in _FULL if case not in _QUICK], slow=True)

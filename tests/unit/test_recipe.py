@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from fullrank.recipe import (
     ALIASES,
     REFUSED,
+    AdamW,
     Data,
     EarlyStopping,
-    Optimizer,
     Recipe,
     Section,
     Source,
@@ -125,13 +125,13 @@ def test_a_validation_ratio_leaves_something_on_both_sides(ratio: float) -> None
 @pytest.mark.parametrize(
     ("section", "fields"),
     [
-        (Optimizer, {"learning_rate": 0}),
-        (Optimizer, {"learning_rate": float("nan")}),
-        (Optimizer, {"learning_rate": float("inf")}),
-        (Optimizer, {"betas": [0.9, 1.0]}),
-        (Optimizer, {"betas": [-0.1, 0.9]}),
-        (Optimizer, {"betas": [0.9]}),
-        (Optimizer, {"weight_decay": -1}),
+        (AdamW, {"learning_rate": 0}),
+        (AdamW, {"learning_rate": float("nan")}),
+        (AdamW, {"learning_rate": float("inf")}),
+        (AdamW, {"betas": [0.9, 1.0]}),
+        (AdamW, {"betas": [-0.1, 0.9]}),
+        (AdamW, {"betas": [0.9]}),
+        (AdamW, {"weight_decay": -1}),
     ],
 )
 def test_numbers_outside_their_range_are_refused(section: type[Section], fields: dict[str, Any]) -> None:

@@ -78,6 +78,10 @@ class Console:
                 self._preparing(facts)
             case "audited":
                 self._audited(facts["findings"])
+            case "rehearsing":
+                self._show_task("trying the largest batch, a validation and a save", 0, None, "")
+            case "rehearsed":
+                self._rehearsed(**facts)
             case "step":
                 self._step(facts["row"], facts["steps"])
             case "validating":
@@ -111,13 +115,20 @@ class Console:
         left = self._step_seconds.add(row.seconds) * (steps - row.step)
         facts = (
             f"loss {row.loss:.4f}  {format_seconds(left)} left  {row.tokens / row.seconds:,.0f} tok/s  "
-            f"lr {row.learning_rate:.2e}  grad norm {row.grad_norm:.3g}  {format_bytes(row.memory_bytes)}"
+            f"lr {row.learning_rate:.2e}  grad norm {row.grad_norm:.3g}  changed {row.changed_ratio:.2f}  "
+            f"{format_bytes(row.memory_bytes)}"
         )
         if self._live:
             self._show_task(f"step {row.step}/{steps}", row.step, steps, facts)
         elif row.step in (1, steps) or time.monotonic() - self._last_line >= _QUIET_SECONDS:
             self._last_line = time.monotonic()
             self._line(f"  step {row.step}/{steps}  {facts}")
+
+    def _rehearsed(self, peak_bytes: int, planned_bytes: int, amendments: list[str]) -> None:
+        planned = f"{format_bytes(planned_bytes)} planned"
+        self._line(f"  the largest batch, a validation and a save fit: {format_bytes(peak_bytes)} at the peak, {planned}")
+        for words in amendments:
+            self._line(f"  laid out anew, for this did not fit: {words}")
 
     def _preparing(self, facts: dict[str, Any]) -> None:
         left = f"  {format_seconds(facts['seconds_left'])} left" if facts["seconds_left"] is not None else ""
@@ -207,16 +218,22 @@ class _Average:
         return self._value
 
 
+def _trained(plan: Plan) -> str:
+    return "all" if plan.trained_parameters == plan.model.parameters else format_count(plan.trained_parameters)
+
+
 def plan_text(plan: Plan) -> str:
     """The plan in a few lines."""
     train = format_seconds(plan.train_seconds_predicted) if plan.train_seconds_predicted else "time not estimated"
     lines = [
-        f"plan: {format_count(plan.model.parameters)} parameters, all trained, {plan.precision}, on {plan.machine.device_name}",
+        f"plan: {format_count(plan.model.parameters)} parameters, {_trained(plan)} trained, {plan.precision}, "
+        f"on {plan.machine.device_name}",
         f"  {plan.examples:,} examples, {plan.steps:,} steps ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} of warmup), "
         f"{format_count(plan.train_tokens)} tokens",
         f"  rows of {plan.micro_batch_tokens} tokens"
         + (f", ratio {plan.shared_ratio:.2f} of the tokens shared and computed once" if plan.shared_ratio >= 0.005 else "")
-        + f", {plan.recomputed}",
+        + f", {plan.recomputed}"
+        + (f", {plan.waiting}" if plan.waiting else ""),
         *(f"  {line.part:<12}{format_bytes(line.bytes):>9}   {line.formula}" for line in plan.ledger),
         f"  {'peak':<12}{format_bytes(plan.peak_bytes_predicted):>9}   "
         f"of {format_bytes(plan.machine.memory_available_bytes)} usable",

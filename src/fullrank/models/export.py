@@ -6,6 +6,7 @@ to stop. Its proof is a fresh process that loads it and computes bitwise the sam
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -14,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fullrank.errors import ProofError
 from fullrank.models.load import DTYPES
+from fullrank.models.stored import StoredTensors, weight_files
+
+#: Logits that a probe compares, and the fewest tokens that it does with the largest vocabularies.
+_KEPT_NUMBERS = 8 << 20
+_FEWEST_KEPT = 16
 
 
 def export_dtype(wanted: str, base: str) -> torch.dtype:
@@ -59,35 +64,14 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a folder's safetensors files, read from their headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
+    """Name -> shape of every tensor of a folder's weights, read from the headers of their files."""
+    return {name: tensor.shape for name, tensor in StoredTensors(*weight_files(folder)).index.items()}
 
 
 def changed_tensors(export: Path, base: Path) -> tuple[int, int]:
     """(stored tensors that differ from the base's in the export's type, stored tensors)."""
-    where = {name: path for path in base.glob("*.safetensors") for name in _names(path)}
-    changed = total = 0
-    for path in sorted(export.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as ours:
-            for name in ours.keys():  # noqa: SIM118 - safe_open is no mapping
-                total += 1
-                tensor = ours.get_tensor(name)
-                if name not in where:
-                    changed += 1
-                    continue
-                with safe_open(where[name], framework="pt") as theirs:
-                    changed += not torch.equal(tensor, theirs.get_tensor(name).to(tensor.dtype))
-    return changed, total
-
-
-def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+    ours, theirs = (StoredTensors(*weight_files(folder)).index for folder in (export, base))
+    return sum(name not in theirs or not theirs[name].becomes(tensor) for name, tensor in ours.items()), len(ours)
 
 
 def keys_equal(export: Path, base: Path, tied: set[str]) -> bool:
@@ -108,9 +92,15 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel, ids_1T: torch.Tensor) -> torch.Tensor:
-    """Logits logits_1TV of one row, in evaluation mode."""
+    """Logits logits_1KV of one row's last K tokens, in evaluation mode: of all of them where vocabularies are small.
+
+    The last tokens have seen all the others, and logits of a long row may take more memory than a training step does.
+    """
     model.eval()
-    logits: torch.Tensor = model(input_ids=ids_1T.to(model.device), use_cache=False).logits
+    kept = max(_FEWEST_KEPT, _KEPT_NUMBERS // int(model.config.get_text_config().vocab_size))
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    more = {"logits_to_keep": kept} if keeps and kept < ids_1T.shape[1] else {}
+    logits: torch.Tensor = model(input_ids=ids_1T.to(model.device), use_cache=False, **more).logits
     return logits.cpu()
 
 

@@ -32,7 +32,7 @@ def needed_flops(rows: RowModel, batch: MicroBatch) -> int:
     head = model.get_output_embeddings()
     total = 6 * int(head.weight.numel()) * kept
     for name, module in model.base_model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if isinstance(module, nn.Linear | Conv1D):
             weights, is_last = int(module.weight.numel()), f".{last}" in f".{name}"
             reads_all = name.endswith(("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value"))
             total += 6 * weights * (kept if is_last and not reads_all else batch.tokens)

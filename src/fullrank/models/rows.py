@@ -17,8 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fullrank.models.attention import attending_to_rows, flex_is_right, windows_met, windows_of
+from fullrank.models.blocks import blocks_of
 from fullrank.models.load import drops
 from fullrank.models.tuned import Tuned
+from fullrank.models.widened import Widened
 from fullrank.sequences.fused import with_fastest
 from fullrank.sequences.head import Head
 from fullrank.sequences.layout import MicroBatch, row_of
@@ -36,11 +38,13 @@ class RowModel:
         model: of any family; in any mode.
         adds_gradients: whether modules may add their gradients to the parameters' themselves (`fullrank.models.tuned`), which a
             parameter must then hold as a plain tensor of its own.
+        widened: of this model, where it computes in another type than its weights are stored in.
     """
 
-    def __init__(self, model: PreTrainedModel, *, adds_gradients: bool = False) -> None:
-        self.model = model
-        is_plain = model.device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters())
+    def __init__(self, model: PreTrainedModel, *, adds_gradients: bool = False, widened: Widened | None = None) -> None:
+        self.model, self.widened = model, widened
+        is_fp32 = widened is not None or all(p.dtype == torch.float32 for p in model.parameters())
+        is_plain = model.device.type == "cpu" and is_fp32
         self.tuned = Tuned(model) if adds_gradients and is_plain else None
         self.head: Head | None = None
         self.trims = False
@@ -62,6 +66,8 @@ class RowModel:
     def ready(self) -> Iterator[None]:
         """Inside, the model takes rows."""
         with contextlib.ExitStack() as stack:
+            if self.widened is not None:
+                stack.enter_context(self.widened.forward())
             if self.tuned is not None:
                 stack.enter_context(self.tuned())
             if self.packs:
@@ -69,6 +75,11 @@ class RowModel:
             if self.trims:
                 stack.enter_context(_trimmed(self.model))
             yield
+
+    def settle(self) -> None:
+        """Inside `ready`: makes the gradients whole, of which its end would add the last parts."""
+        if self.tuned is not None:
+            self.tuned.settle()
 
     def predictions(self, batch: MicroBatch) -> tuple[torch.Tensor, Head | None]:
         """See `fullrank.sequences.loss.Predictor`; inside `ready`."""
@@ -111,18 +122,20 @@ def _examples(model: PreTrainedModel) -> list[Example]:
     return [Example(np.concatenate(parts), np.ones(sum(map(len, parts)), np.bool_)) for parts in whole]
 
 
-def _alone(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
+def _alone(rows: RowModel, examples: list[Example]) -> torch.Tensor:
     """logits_PV of the examples one at a time, by the model's own forward pass."""
-    parts = []
-    for example in examples:
-        ids_1T = torch.from_numpy(example.ids[:-1]).to(model.device)[None]
-        positions_1T = torch.arange(ids_1T.shape[1], device=model.device)[None]
-        parts.append(model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits[0].float())
+    model, parts = rows.model, []
+    with contextlib.nullcontext() if rows.widened is None else rows.widened.forward():
+        for example in examples:
+            ids_1T = torch.from_numpy(example.ids[:-1]).to(model.device)[None]
+            positions_1T = torch.arange(ids_1T.shape[1], device=model.device)[None]
+            parts.append(model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits[0].float())
     return torch.cat(parts)
 
 
 def _agree(rows: RowModel, found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    tolerance = _TOLERANCES.get(rows.model.dtype, _TOLERANCE_OF_16_BITS)
+    computed = torch.float32 if rows.widened is not None else rows.model.dtype
+    tolerance = _TOLERANCES.get(computed, _TOLERANCE_OF_16_BITS)
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
@@ -133,7 +146,7 @@ def _trial(rows: RowModel) -> tuple[bool, bool, str]:
     examples = _examples(rows.model)
     named = list(enumerate(examples))
     with torch.no_grad(), _evaluating(rows.model):
-        wanted = _alone(rows.model, examples)
+        wanted = _alone(rows, examples)
         found = {}
         for shared in (False, True):
             batch = row_of(named, shared=shared).to(rows.model.device)
@@ -219,13 +232,13 @@ _NAMES = (
 
 def _last_block(model: PreTrainedModel) -> tuple[Any, Any, Any, Any] | None:
     """(block, its attention, the projection that ends that, the norm before it), by the names that families use."""
-    for blocks in ("layers", "h"):
-        if isinstance(found := getattr(model.base_model, blocks, None), nn.ModuleList):
-            block: Any = found[-1]
-            for attention, projection, norm in _NAMES:
-                own = getattr(block, attention, None)
-                if own is not None and hasattr(own, projection) and hasattr(block, norm):
-                    return block, own, getattr(own, projection), getattr(block, norm)
+    blocks = blocks_of(model)
+    if blocks:
+        block: Any = blocks[-1]
+        for attention, projection, norm in _NAMES:
+            own = getattr(block, attention, None)
+            if own is not None and hasattr(own, projection) and hasattr(block, norm):
+                return block, own, getattr(own, projection), getattr(block, norm)
     return None
 
 

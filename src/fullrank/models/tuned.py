@@ -27,15 +27,22 @@ class Tuned:
     """Which modules of a model are replaced, and by what.
 
     Args:
-        model: fp32 weights on a CPU, where passes over memory are what costs.
+        model: computes in fp32 on a CPU, where passes over memory are what costs; its weights may be stored in another type
+            (`fullrank.models.widened`).
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._forwards: list[tuple[nn.Module, Forward]] = []
         self.replaced: dict[str, int] = {}
+        self._later: list[Callable[[], None]] = []
         trials: dict[Any, Any] = {}
         for module in model.modules():
             kind = _kind(module)
+            if isinstance(module, nn.Embedding):
+                own: Forward = functools.partial(_embedding, module) if kind == "embedding" else module.forward
+                self._forwards.append((module, functools.partial(self._deferred, own)))
+                self.replaced["embedding"] = self.replaced.get("embedding", 0) + 1
+                continue
             if kind is None:
                 continue
             sort = (type(module), kind, *(tuple(p.shape) for p in module.parameters()))
@@ -47,14 +54,32 @@ class Tuned:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside, the modules are replaced."""
+        """Inside, the modules are replaced; at the end gradients are settled."""
         for module, forward in self._forwards:
             module.forward = forward
         try:
             yield
+            self.settle()
         finally:
+            self._later.clear()
             for module, _ in self._forwards:
                 del module.forward
+
+    def _deferred(self, forward: Forward, ids: torch.Tensor) -> torch.Tensor:
+        """An embedding whose weight gets its gradient last of all: so a tied weight's is one sum (the head's rows, then those of
+        the embedding), whichever way a step goes through the model."""
+        out = forward(ids)
+        if not out.requires_grad:
+            return out
+        leaf = out.detach().requires_grad_()
+        self._later.append(lambda: None if leaf.grad is None else out.backward(leaf.grad))
+        return leaf
+
+    def settle(self) -> None:
+        """Adds what waited for the other parts of its gradient."""
+        for add in self._later:
+            add()
+        self._later.clear()
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -89,8 +114,8 @@ def _gated(module: Any, x: torch.Tensor, *, act: str) -> torch.Tensor:
     return module.down_proj(ops.Gated.apply(module.gate_proj(x), module.up_proj(x), act))  # type: ignore[no-any-return, no-untyped-call]
 
 
-#: torch's own modules, which do what they are called, and what replaces them.
-_EXACT: dict[str, Forward] = {"linear": _linear, "embedding": _embedding}
+#: torch's own modules, which do what they are called, and what replaces them (embeddings apart).
+_EXACT: dict[str, Forward] = {"linear": _linear}
 #: Modules of transformers' model code, which may do anything, and what may replace them.
 _CANDIDATES: dict[str, list[Forward]] = {
     "norm": [functools.partial(_norm, offset=offset) for offset in (0.0, 1.0)],
@@ -100,7 +125,7 @@ _CANDIDATES: dict[str, list[Forward]] = {
 
 def _tried(module: nn.Module, candidates: list[Forward]) -> Forward | None:
     """The candidate that computes what the module does, forward and backward."""
-    own = copy.deepcopy(module).requires_grad_(True)
+    own = copy.deepcopy(module).float().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     weight = next(own.parameters())
     given = torch.randn(2, 5, weight.shape[-1], generator=generator, dtype=weight.dtype)
@@ -122,4 +147,4 @@ def _outcome(forward: Callable[[torch.Tensor], torch.Tensor], module: nn.Module,
         out = forward(given)
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     grads = [p.grad for p in [*module.parameters(), given]]
-    return [out.detach(), *(grad.clone() for grad in grads if grad is not None)]
+    return [out.detach(), *(grad for grad in grads if grad is not None)]  # the next trial begins with none

@@ -27,10 +27,11 @@ def choose(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """`auto` as fp32 or bf16-mixed.
+def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """(precision, why it was chosen; empty where the recipe says it): `auto` is fp32 or bf16-mixed.
 
-    bf16-mixed only where the device multiplies bf16 in hardware: elsewhere, as on CPUs without such units, it is slower.
+    bf16-mixed only where the device multiplies bf16 in hardware: elsewhere, as on CPUs without such units, it is slower. Weights
+    stored in bf16 are another matter: a CPU widens them to compute (`fullrank.models.widened`).
 
     Raises:
         UsageError: bf16-mixed on a device without it.
@@ -41,7 +42,11 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
             f"train.precision: bf16-mixed needs a CUDA device with bf16 units; {device.type} has none that fullrank uses",
             hint="use train.precision=auto",
         )
-    return ("bf16-mixed" if has_bf16 else "fp32") if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted, ""
+    if has_bf16:
+        return "bf16-mixed", "precision: bf16-mixed, since this device multiplies bf16 in hardware; weights and updates stay fp32"
+    return "fp32", f"precision: fp32, since this {device.type} does not multiply bf16 in hardware"
 
 
 def name(device: torch.device) -> str:

@@ -24,7 +24,10 @@ class StepOutcome:
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
     updated: bool
-    """False when loss or gradient was not finite: then weights and optimizer state are as they were."""
+    """False when loss or gradient was not finite: then weights and optimizer state are as they were; but where gradients are used
+    block by block without clipping some blocks may have moved, so that nothing of the step is to be kept."""
+    changed_ratio: float = 0.0
+    """Share of the trained weights that the update changed, in a sample of every tensor."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Engine(Protocol):
 
     def load_state(self, state: EngineState) -> None:
         """Continues from a state, bit by bit."""
+
+    def forget(self) -> None:
+        """Drops optimizer state, as if no step had been taken; the weights stay."""
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Whole weights in Hugging Face names, tied ones once: references, not copies."""

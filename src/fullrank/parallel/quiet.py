@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
         if was_enabled:
             gc.enable()
         gc.collect()
-        _give_back()
+        give_back()
 
 
 def between_steps() -> None:
@@ -49,6 +49,7 @@ def _set(option: int, value: int) -> None:
         ctypes.CDLL(None).mallopt(option, value)
 
 
-def _give_back() -> None:
+def give_back() -> None:
+    """Hands freed memory back to the system."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

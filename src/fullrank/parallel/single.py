@@ -1,20 +1,33 @@
-"""The engine of one device: plain accumulation over rows, a global-norm clip, one fused AdamW update."""
+"""The engine of one device: plain accumulation over rows, a global-norm clip, one update of every parameter."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
 
 import torch
 
 from fullrank.models.rows import RowModel
-from fullrank.optim.adamw import adamw
+from fullrank.optim.shelf import Shelf
+from fullrank.optim.update import Updater
 from fullrank.parallel.engine import EngineState, StepOutcome
+from fullrank.parallel.groups import hidden_matrices, rates
 from fullrank.parallel.recompute import recompute_blocks
 from fullrank.recipe import Train
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import Watch, add_gradients, token_losses, unwatched
+
+
+def rounding(precision: str) -> Literal["none", "stochastic", "kahan", "nearest"]:
+    """How weights are rounded under a recipe's precision: not at all, where they are fp32."""
+    kinds: dict[str, Literal["stochastic", "kahan", "nearest"]] = {
+        "bf16-stochastic": "stochastic",
+        "bf16-kahan": "kahan",
+        "bf16-nearest": "nearest",
+    }
+    return kinds.get(precision, "none")
 
 
 class SingleDevice:
@@ -24,17 +37,25 @@ class SingleDevice:
         rows: the model, fp32 weights on the device, as it takes rows.
         train: the recipe's training section, `precision` resolved.
         recompute: none, selective, block or offload, see `fullrank.parallel.recompute`.
+        states: where optimizer states wait between updates; None for the device.
     """
 
-    def __init__(self, rows: RowModel, train: Train, *, recompute: str) -> None:
+    def __init__(self, rows: RowModel, train: Train, *, recompute: str, states: Shelf | None = None) -> None:
         self.rows = rows
         self.model = model = rows.model
         self.device = next(model.parameters()).device
-        self._max_grad_norm = train.max_grad_norm
+        self._max_grad_norm = train.clip_norm
         self._precision = train.precision
         self.recompute = recompute
-        self._optimizer = adamw(model, train.optimizer)
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._updater = Updater(
+            self._named,
+            train.optimizer,
+            rounding=rounding(train.precision),
+            hidden=hidden_matrices(model),
+            rates=rates(model, train.optimizer.layer_decay),
+            shelf=states,
+        )
         self._reached: dict[str, bool] = dict.fromkeys(self._named, False)
         self.watch: Watch = unwatched
         recompute_blocks(model, recompute)
@@ -44,6 +65,7 @@ class SingleDevice:
     ) -> StepOutcome:
         self.model.train()
         torch.manual_seed(seed)  # dropout is a function of the step, so there is no generator state to save
+        self._updater.reset_changed()
         loss = torch.zeros((), device=self.device)
         try:
             with self.rows.ready():
@@ -51,28 +73,38 @@ class SingleDevice:
                     if batch.supervised_tokens:
                         with self.compute_type():
                             loss += add_gradients(self.rows, batch.to(self.device), supervised_tokens, self.watch)
+            gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}
             with self.watch("optimizer"):
-                return self._update(loss, learning_rate)
+                norm = self._norm({name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()})
+            if not (math.isfinite(norm) and math.isfinite(float(loss))):
+                return StepOutcome(float(loss), norm, updated=False)
+            self._update(gradients, learning_rate, seed, norm)
+            return StepOutcome(float(loss), norm, updated=True, changed_ratio=self._changed_ratio())
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
+            for p in self._named.values():
+                p.grad = None
 
-    def _update(self, loss: torch.Tensor, learning_rate: float) -> StepOutcome:
-        gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        norms_P = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])
-        norm = torch.linalg.vector_norm(norms_P)
-        facts = torch.stack([loss, norm]).tolist()  # the step's one wait for the device
-        if not all(math.isfinite(fact) for fact in facts):
-            return StepOutcome(facts[0], facts[1], updated=False)
-        if not all(self._reached.values()):
-            for name, nonzero in zip(gradients, (norms_P > 0).tolist(), strict=True):
+    def _norm(self, norms: Mapping[str, torch.Tensor]) -> float:
+        """The global norm, from that of each gradient; which of them were reached is noted."""
+        names = [name for name in self._named if name in norms]  # one order, so that the sum is one
+        norms_P = torch.stack([norms[name] for name in names])
+        norm = float(torch.linalg.vector_norm(norms_P))
+        if math.isfinite(norm) and not all(self._reached.values()):
+            for name, nonzero in zip(names, (norms_P > 0).tolist(), strict=True):
                 self._reached[name] |= nonzero
-        if self._max_grad_norm is not None and facts[1] > self._max_grad_norm:
-            # As torch.nn.utils.clip_grad_norm_, with its 1e-6.
-            torch._foreach_mul_(list(gradients.values()), self._max_grad_norm / (facts[1] + 1e-6))
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        return StepOutcome(facts[0], facts[1], updated=True)
+        return norm
+
+    def _update(self, gradients: dict[str, torch.Tensor], learning_rate: float, key: int, norm: float | None = None) -> None:
+        """Clips by the global norm, where there is one, and updates."""
+        with self.watch("optimizer"):
+            if norm is not None and self._max_grad_norm is not None and norm > self._max_grad_norm and gradients:
+                # As torch.nn.utils.clip_grad_norm_, with its 1e-6.
+                torch._foreach_mul_(list(gradients.values()), self._max_grad_norm / (norm + 1e-6))
+            self._updater.update(gradients, learning_rate=learning_rate, key=key)
+
+    def _changed_ratio(self) -> float:
+        looked_at, changed = self._updater.changed
+        return changed / looked_at if looked_at else 0.0
 
     def losses(self, micro_batches: Iterable[MicroBatch]) -> Iterator[torch.Tensor]:
         self.model.eval()
@@ -96,28 +128,22 @@ class SingleDevice:
                 p.copy_(weights[name])
 
     def state(self) -> EngineState:
-        moments: dict[str, dict[str, torch.Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-        updates: dict[str, int] = {}  # by tensor: one that got no gradient in a step was not updated in it
-        for name, p in self._named.items():
-            if p in self._optimizer.state:
-                updates[name] = int(self._optimizer.state[p]["step"])
-                for kind, tensors in moments.items():
-                    tensors[name] = self._optimizer.state[p][kind]
         return EngineState(
-            tensors={"weights": self.weights(), **moments},
-            facts={"updates": updates, "reached": sorted(name for name, reached in self._reached.items() if reached)},
+            tensors={"weights": self.weights(), **self._updater.tensors()},
+            facts={
+                "updates": dict(self._updater.updates),  # by tensor: one that got no gradient in a step was not updated in it
+                "reached": sorted(name for name, reached in self._reached.items() if reached),
+            },
         )
 
     def load_state(self, state: EngineState) -> None:
         self.load_weights(state.tensors["weights"])
-        for name, p in self._named.items():
-            if name in state.facts["updates"]:
-                self._optimizer.state[p] = {
-                    # fused AdamW wants its step count on the parameters' device
-                    "step": torch.tensor(float(state.facts["updates"][name]), dtype=torch.float32, device=p.device),
-                    **{kind: state.tensors[kind][name].to(p.device) for kind in ("exp_avg", "exp_avg_sq")},
-                }
+        self._updater.load(state.tensors, state.facts["updates"])
         self._reached = {name: name in set(state.facts["reached"]) for name in self._named}
+
+    def forget(self) -> None:
+        self._updater.load({}, {})
+        self._reached = dict.fromkeys(self._named, False)
 
     def never_reached(self) -> set[str]:
         return {name for name, reached in self._reached.items() if not reached}

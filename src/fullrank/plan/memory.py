@@ -1,6 +1,7 @@
 """The memory ledger: what a training step holds at its peak, part by part, each with its formula.
 
-Letters: N parameters, T tokens of the largest row, C predictions whose logits exist at once, L layers, h hidden size, q = heads x
+Letters: N parameters (of them N' trained, B in the largest block, O outside the blocks), T tokens of the largest row, S tokens of
+the largest step, C predictions whose logits exist at once, L layers, h hidden size, q = heads x
 head size, k = key-value heads x head size, i intermediate size, V vocabulary, b bytes of a number (4 in fp32). The activation
 formula counts the tensors that autograd keeps for a block of a present-day decoder (two norms, attention, a gated MLP); other
 blocks keep about as much. It is an estimate, and the report sets it against the measured peak.
@@ -11,6 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fullrank.optim.update import state_bytes
+from fullrank.parallel.groups import Shapes
+from fullrank.parallel.single import rounding
+from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, ModelFacts
 from fullrank.sequences.head import chunk_size
 from fullrank.units import format_bytes
@@ -40,6 +45,8 @@ class Row:
     tokens: int
     predictions: int
     """Distinct ones that carry loss."""
+    step_tokens: int
+    """Of the largest step, all its rows."""
 
 
 def block_activation_bytes(model: ModelFacts, tokens: int, number_bytes: int, *, tuned: bool, selective: bool = False) -> int:
@@ -58,60 +65,148 @@ def _letters(kept: tuple[int, int, int, int]) -> str:
 
 
 def ledger(
-    model: ModelFacts, row: Row, *, precision: str, recompute: Recompute, process_bytes: int, eager: bool, device: str
+    model: ModelFacts,
+    shapes: Shapes,
+    row: Row,
+    recipe: Recipe,
+    *,
+    recompute: Recompute,
+    process_bytes: int,
+    eager: bool,
+    device: str,
 ) -> list[LedgerLine]:
     """The parts of the peak.
 
     Args:
         model: sizes of the base model.
+        shapes: its parameters.
         row: the largest micro-batch of the run.
-        precision: fp32, or bf16-mixed (fp32 weights, gradients and moments; bf16 activations).
+        recipe: precision, optimizer, and where gradients and states wait; `auto` resolved.
         recompute: what of a block is made again in the backward pass (`fullrank.parallel.recompute`).
         process_bytes: what the process holds before the model (interpreter and libraries), measured.
         eager: attention that materialises its scores (heads x T x T).
-        device: on a CPU modules are tuned (`fullrank.models.tuned`) and attention goes block by block.
+        device: on a CPU modules are tuned (`fullrank.models.tuned`), attention goes block by block, and weights of 16 bits are
+            widened to compute with.
     """
-    tuned = device == "cpu" and precision == "fp32"
-    kept = _letters(_kept(tuned, selective=False))
-    n, tokens = model.parameters, row.tokens
-    number = 2 if precision == "bf16-mixed" else 4
-    b = f"{number} B"
-    block = block_activation_bytes(model, tokens, number, tuned=tuned)
-    scores = 3 * number * model.heads * tokens * tokens if eager else 0  # scores, their softmax, and it in the compute type
-    match recompute:
-        case "none":
-            activations = model.layers * (block + scores)
-            how = f"L x T x ({kept}) x {b}"
-        case "selective":
-            lasting = block_activation_bytes(model, tokens, number, tuned=tuned, selective=True)
-            activations = model.layers * (lasting + scores) + block
-            how = f"(L x T x ({_letters(_SELECTIVE)}) + T x ({kept})) x {b}"
-        case "block":
-            activations = model.layers * number * tokens * model.hidden_size + block + scores
-            how = f"(L x T x h + T x ({kept})) x {b}"
-        case "offload":  # two blocks' inputs are on the device while they come and go
-            activations = 2 * number * tokens * model.hidden_size + block + scores
-            how = f"(2 x T x h + T x ({kept})) x {b}"
-    casts = 2 * n if precision == "bf16-mixed" else 0  # autocast keeps a bf16 copy of every matrix through the step
+    precision = recipe.train.precision
+    lines = [LedgerLine(part="process", bytes=process_bytes, formula="measured before the model is loaded")]
+    lines += _weights(shapes, recipe, device)
+    lines += _gradients_and_states(shapes, recipe)
+    tuned = device == "cpu" and precision != "bf16-mixed"
+    number = 2 if precision == "bf16-mixed" or (_is_16_bits(precision) and device != "cpu") else 4
+    activations = _activations(model, row, recipe, recompute, tuned=tuned, number=number, eager=eager)
+    logits_number = 8 if number == 4 else 10
     chunk = min(row.predictions, chunk_size(model.vocabulary))
-    logits = chunk * model.vocabulary * (8 if number == 4 else 10)
-    lines = [
-        LedgerLine(part="process", bytes=process_bytes, formula="measured before the model is loaded"),
-        LedgerLine(part="weights", bytes=4 * n + casts, formula="N x 4 B" + (" + N x 2 B of bf16 casts" if casts else "")),
-        LedgerLine(part="gradients", bytes=4 * n, formula="N x 4 B"),
-        LedgerLine(part="optimizer", bytes=8 * n, formula="N x 8 B (two fp32 moments)"),
-        LedgerLine(part="activations", bytes=activations, formula=how + (f" + 3 x heads x T^2 x {b} of scores" if eager else "")),
-        LedgerLine(part="logits", bytes=logits, formula=f"C x V x {8 if number == 4 else 10} B (logits, then their gradient)"),
-    ]
+    logits = f"C x V x {logits_number} B (logits, then their gradient)"
+    lines += [activations, LedgerLine(part="logits", bytes=chunk * model.vocabulary * logits_number, formula=logits)]
     if device == "cpu":
         heap = f"{_HEAP_RATIO} x activations (holes that rows leave in the heap, as measured)"
-        lines.append(LedgerLine(part="heap", bytes=int(_HEAP_RATIO * activations), formula=heap))
+        lines.append(LedgerLine(part="heap", bytes=int(_HEAP_RATIO * activations.bytes), formula=heap))
     if not tuned:
         head = 4 * model.vocabulary * model.hidden_size
         lines.append(LedgerLine(part="head", bytes=head, formula="V x h x 4 B (a row's gradient, before it is added)"))
     if eager or device != "cpu":
-        lines.append(LedgerLine(part="mask", bytes=tokens * tokens, formula="T x T x 1 B"))
+        lines.append(LedgerLine(part="mask", bytes=row.tokens * row.tokens, formula="T x T x 1 B"))
     return lines
+
+
+def is_blockwise(recipe: Recipe) -> bool:
+    """Whether steps go through the model block by block (`fullrank.parallel.blockwise`)."""
+    return recipe.gradients != "keep" or _is_16_bits(recipe.train.precision)
+
+
+def goes_twice(recipe: Recipe) -> bool:
+    """Whether blocks are differentiated twice a step: once for the norm of the gradient, once for the update."""
+    return recipe.gradients == "release" and recipe.train.clip_norm is not None
+
+
+def waiting_bytes(shapes: Shapes, recipe: Recipe) -> tuple[int, int]:
+    """Bytes of (gradients, optimizer states) that wait in a file, or in host memory beside an accelerator."""
+    spilled = 4 * shapes.trained_parameters if recipe.gradients == "spill" else 0
+    return spilled, 0 if recipe.machine.optimizer_states == "device" else states_bytes(shapes, recipe)
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight as it is stored."""
+    return 2 if _is_16_bits(recipe.train.precision) else 4
+
+
+def _is_16_bits(precision: str) -> bool:
+    return rounding(precision) != "none"
+
+
+def states_bytes(shapes: Shapes, recipe: Recipe) -> int:
+    """Of the optimizer's states, wherever they are."""
+    train = recipe.train
+    return state_bytes(train.optimizer, shapes.trained, rounding=rounding(train.precision), hidden=shapes.hidden)
+
+
+def _weights(shapes: Shapes, recipe: Recipe, device: str) -> list[LedgerLine]:
+    n, precision = shapes.parameters, recipe.train.precision
+    if _is_16_bits(precision):
+        lines = [LedgerLine(part="weights", bytes=2 * n, formula="N x 2 B")]
+        if device == "cpu":
+            wide = 4 * (shapes.block + shapes.outside)
+            lines.append(LedgerLine(part="widened", bytes=wide, formula="(B + O) x 4 B (fp32 copies to compute with)"))
+        return lines
+    if precision != "bf16-mixed":
+        return [LedgerLine(part="weights", bytes=4 * n, formula="N x 4 B")]
+    if is_blockwise(recipe):
+        casts, how = 2 * (shapes.block + shapes.outside), "(B + O) x 2 B of bf16 casts"
+    else:  # autocast keeps a bf16 copy of every matrix through the step
+        casts, how = 2 * n, "N x 2 B of bf16 casts"
+    return [LedgerLine(part="weights", bytes=4 * n + casts, formula=f"N x 4 B + {how}")]
+
+
+def _gradients_and_states(shapes: Shapes, recipe: Recipe) -> list[LedgerLine]:
+    optimizer = recipe.train.optimizer
+    if recipe.gradients == "keep":
+        kept, how = shapes.trained_parameters, "N' x 4 B"
+    else:
+        kept, how = (
+            shapes.block_trained + shapes.outside_trained,
+            "(B' + O') x 4 B (one block's; the embedding's lives throughout)",
+        )
+    states = states_bytes(shapes, recipe)
+    each = f"{states / max(1, shapes.trained_parameters):.2f} B"
+    kind = optimizer.name + (" with moments of 8 bits" if optimizer.name == "adamw" and optimizer.moments == "int8" else "")
+    words = f"N' x {each} ({kind})"
+    if recipe.machine.optimizer_states != "device":
+        share = 2 * shapes.largest_tensor / max(1, shapes.trained_parameters)
+        states, words = int(min(1.0, share) * states), f"those of two tensors, N' x {each} wait elsewhere"
+    lines = [
+        LedgerLine(part="gradients", bytes=4 * kept, formula=how),
+        LedgerLine(part="optimizer", bytes=states, formula=words),
+    ]
+    if optimizer.name in ("adafactor", "adalomo", "muon"):  # these need a whole tensor in fp32, twice or more
+        update = 12 * shapes.largest_tensor
+        lines.append(LedgerLine(part="update", bytes=update, formula="largest tensor x 12 B (it, its update and its square)"))
+    return lines
+
+
+def _activations(
+    model: ModelFacts, row: Row, recipe: Recipe, recompute: Recompute, *, tuned: bool, number: int, eager: bool
+) -> LedgerLine:
+    kept, b, tokens = _letters(_kept(tuned, selective=False)), f"{number} B", row.tokens
+    block = block_activation_bytes(model, tokens, number, tuned=tuned)
+    scores = 3 * number * model.heads * tokens * tokens if eager else 0  # scores, their softmax, and it in the compute type
+    inputs = number * model.hidden_size
+    blockwise = is_blockwise(recipe)
+    match recompute:
+        case "none":
+            held = model.layers * (block + scores)
+            how = f"L x T x ({kept}) x {b}"
+        case "selective":
+            lasting = block_activation_bytes(model, tokens, number, tuned=tuned, selective=True)
+            held = model.layers * (lasting + scores) + block
+            how = f"(L x T x ({_letters(_SELECTIVE)}) + T x ({kept})) x {b}"
+        case "block":  # block by block, the inputs of a whole step wait
+            held = model.layers * (row.step_tokens if blockwise else tokens) * inputs + block + scores
+            how = f"(L x {'S' if blockwise else 'T'} x h + T x ({kept})) x {b}"
+        case "offload":  # two blocks' inputs are here while they come and go
+            held = (row.step_tokens if blockwise else 0) * inputs + 2 * tokens * inputs + block + scores
+            how = f"({'S x h + ' if blockwise else ''}2 x T x h + T x ({kept})) x {b}"
+    return LedgerLine(part="activations", bytes=held, formula=how + (f" + 3 x heads x T^2 x {b} of scores" if eager else ""))
 
 
 def total(lines: list[LedgerLine]) -> int:

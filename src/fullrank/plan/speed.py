@@ -8,17 +8,23 @@ optimizer is timed on a slice of parameters. No weights are loaded.
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fullrank.models.load import attention_for
 from fullrank.models.rows import RowModel
+from fullrank.optim.update import Updater
 from fullrank.parallel import device as devices
 from fullrank.parallel.recompute import recompute_blocks
+from fullrank.parallel.single import rounding
+from fullrank.recipe import Train
 from fullrank.records import ModelFacts
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import add_gradients, token_losses
@@ -26,6 +32,8 @@ from fullrank.sequences.loss import add_gradients, token_losses
 #: The measurement may take at most this share of the memory a plan may use.
 _MEMORY_SHARE = 0.5
 _OPTIMIZER_SLICE = 4_000_000
+_SLICE_SIDE = 2_000
+_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,12 @@ def measure(
     row: MicroBatch,
     *,
     device: torch.device,
-    precision: str,
+    train: Train,
     recompute: str,
     available_bytes: int,
 ) -> Speed | None:
     """Times one and two blocks on a row; None where even two blocks would take too much memory."""
+    precision = train.precision
     block = (model.parameters - model.vocabulary * model.hidden_size) // model.layers
     slice_bytes = 16 * (2 * block + 2 * model.vocabulary * model.hidden_size) + row.supervised_tokens * model.vocabulary * 12
     if slice_bytes > _MEMORY_SHARE * available_bytes:
@@ -64,7 +73,7 @@ def measure(
     return Speed(
         forward_per_token=whole(one[0], two[0]),
         forward_backward_per_token=whole(one[1], two[1]),
-        optimizer_step=_time_optimizer(device) * model.parameters / _OPTIMIZER_SLICE,
+        optimizer_step=_time_optimizer(device, train) * model.parameters / _OPTIMIZER_SLICE,
         basis=f"one and two blocks of this model, timed on a row of {tokens} tokens, extended to {model.layers}",
     )
 
@@ -96,10 +105,29 @@ def _time_blocks(
     return _fastest(forward_only, device), _fastest(forward_backward, device)
 
 
-def _time_optimizer(device: torch.device) -> float:
-    parameter = torch.nn.Parameter(torch.zeros(_OPTIMIZER_SLICE, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    return _fastest(torch.optim.AdamW([parameter], fused=True).step, device)
+def _time_optimizer(device: torch.device, train: Train) -> float:
+    rounds = rounding(train.precision)
+    sides = [_SLICE_SIDE, _OPTIMIZER_SLICE // _SLICE_SIDE]
+    parameter = torch.nn.Parameter(torch.zeros(sides, device=device, dtype=torch.float32 if rounds == "none" else torch.bfloat16))
+    updater = Updater({"slice": parameter}, train.optimizer, rounding=rounds, hidden=["slice"])
+    gradient = torch.ones(sides, device=device)
+    return _fastest(lambda: updater.update({"slice": gradient}, learning_rate=train.optimizer.learning_rate, key=0), device)
+
+
+def file_bytes_per_second(folder: Path) -> float:
+    """Bytes that go to a file of this folder, or come from it, in a second: written and read once, through the system's cache."""
+    piece = os.urandom(1 << 20)
+    while not folder.exists():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        for _ in range(_PIECES):
+            file.write(piece)
+        file.flush()
+        file.seek(0)
+        while file.read(len(piece)):
+            pass
+        return 2 * _PIECES * len(piece) / (time.perf_counter() - started)
 
 
 def _fastest(work: Callable[[], object], device: torch.device, times: int = 2) -> float:

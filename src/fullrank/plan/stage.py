@@ -7,53 +7,24 @@ as it is, so that a continued run computes its steps in the very same rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import numpy as np
-
 from fullrank.errors import FitError
 from fullrank.meter import Meter, resident_bytes
 from fullrank.models.load import DTYPES, attention_for, drops
 from fullrank.models.resolved import ResolvedModel
 from fullrank.models.source import load_config
 from fullrank.optim.schedule import warmup_steps
-from fullrank.parallel import device as devices
-from fullrank.plan import memory, speed
+from fullrank.parallel.groups import shapes_of
+from fullrank.plan import memory
+from fullrank.plan.clock import Clock, Work
+from fullrank.plan.layouts import Choice, Ground, Looks, choices
 from fullrank.plan.machine import look
-from fullrank.plan.memory import Recompute, Row
+from fullrank.plan.refusal import memory_refusal
 from fullrank.recipe import Recipe
-from fullrank.records import DataCard, LedgerLine, MachineFacts, Plan
+from fullrank.records import DataCard, MachineFacts, Plan
 from fullrank.run import Run, fingerprint, need_record, read_record, write_record
-from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 from fullrank.units import format_bytes
-
-#: Tokens of a row beyond which matrix products gain nothing: past some hundreds a CPU's are at full rate, and longer rows only
-#: hold more activations (measured, see docs/LOG.md); accelerators want more.
-_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
-#: Rows twice as long are worth it where they leave no more than this of the tokens to compute.
-_WORTH_LONGER_ROWS = 0.95
-#: What may be recomputed, the least first. Beneath the compiled attention of an accelerator, selective recomputation is unproven.
-_RECOMPUTATIONS: dict[str, tuple[Recompute, ...]] = {
-    "cpu": ("none", "selective", "block"),
-    "mps": ("none", "block"),
-    "cuda": ("none", "block", "offload"),
-}
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A way to carry out the steps, and what it needs."""
-
-    budget_tokens: int
-    recompute: Recompute
-    ledger: list[LedgerLine]
-
-    @property
-    def peak_bytes(self) -> int:
-        return memory.total(self.ledger)
 
 
 def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
@@ -66,8 +37,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
     machine = look(recipe.machine, run.root)
     current = _fingerprint(recipe, card, base, machine)
     plan = read_record(run.plan_path, Plan)
-    begun = (run.train / "inputs.json").is_file() and plan is not None and plan.machine.device == machine.device
-    if plan and plan.fits and (plan.fingerprint == current or begun):
+    if plan and plan.fits and (plan.fingerprint == current or _is_begun(plan, recipe, machine, run)):
         run.tell("reused", stage="plan", what="the plan made before")
         _refuse_what_no_longer_fits(plan, machine, run)
     else:
@@ -80,6 +50,13 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
     if not plan.fits:
         raise FitError(plan.refusal)
     return plan
+
+
+def _is_begun(plan: Plan, recipe: Recipe, machine: MachineFacts, run: Run) -> bool:
+    """Whether training goes by this plan already, and the recipe has not moved to other places since."""
+    waits = (plan.machine.device, plan.gradients, plan.optimizer_states)
+    wanted = (machine.device, recipe.gradients, recipe.machine.optimizer_states)
+    return (run.train / "inputs.json").is_file() and waits == wanted
 
 
 def _refuse_what_no_longer_fits(plan: Plan, machine: MachineFacts, run: Run) -> None:
@@ -114,51 +91,35 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
     order = Order(len(store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
     process_bytes = 0 if machine.device == "cuda" else resident_bytes()
     config = load_config(base.folder)
-    eager = attention_for(config) == "eager"
-    looks = _Looks(store, order, shared=not drops(config))
+    looks = Looks(store, order, shared=not drops(config))
     longest = int(max(store.lengths.max(), validation.lengths.max()))
-    choices = list(_choices(looks, longest, recipe, base, machine, process_bytes, eager))
-    choice = next((c for c in choices if c.peak_bytes <= machine.memory_available_bytes), choices[-1])
-    disk_bytes = _disk_bytes(recipe, base)
-    refusal = "\n".join(
-        filter(None, (_memory_refusal(choice, machine, base, recipe, store), _disk_refusal(disk_bytes, machine, run)))
+    ground = Ground(
+        base, machine, shapes_of(config, recipe.train.frozen), looks, longest, process_bytes, attention_for(config) == "eager"
     )
-    train_tokens = sum(_step_tokens(store, order))
-    shared_ratio = looks.at(choice.budget_tokens).shared_ratio
-    seconds, basis = 0.0, "not estimated: it does not fit"
-    if not refusal:
-        measured = speed.measure(
-            config,
-            base.facts,
-            looks.typical_row(choice.budget_tokens),
-            device=devices.choose(machine.device),
-            precision=recipe.train.precision,
-            recompute=choice.recompute,
-            available_bytes=machine.memory_available_bytes,
-        )
-        if measured is None:
-            basis = "not estimated: measuring two blocks would take more than half of the memory"
-        else:
-            validations = 1 + -(-order.steps // recipe.train.evaluate_every_steps)
-            seconds = (
-                train_tokens * (1 - shared_ratio) * measured.forward_backward_per_token
-                + order.steps * measured.optimizer_step
-                + validations * int(validation.lengths.sum()) * measured.forward_per_token
-            )
-            basis = measured.basis
+    ways = list(choices(ground, recipe))
+    choice = next((way for way in ways if way.peak_bytes <= machine.memory_available_bytes), ways[-1])
+    validations = 1 + -(-order.steps // recipe.train.evaluate_every_steps)
+    work = Work(order.steps, looks.needed_tokens, validations * int(validation.lengths.sum()))
+    clock = Clock(config, ground, work, run)
+    disk_bytes = _disk_bytes(recipe, base, ground, choice)
+    refusal = "\n".join(filter(None, (memory_refusal(choice, recipe, ground, clock), _disk_refusal(disk_bytes, machine, run))))
+    seconds, basis = (0.0, "not estimated: it does not fit") if refusal else clock.seconds(recipe, choice)
     return Plan(
         fingerprint=current,
         seconds=meter.seconds,
         peak_bytes=meter.peak_bytes,
         machine=machine,
         model=base.facts,
-        precision="bf16-mixed" if recipe.train.precision == "bf16-mixed" else "fp32",
+        trained_parameters=ground.shapes.trained_parameters,
+        precision=recipe.train.precision,  # `auto` is resolved by now
+        gradients=recipe.gradients,
+        optimizer_states=recipe.machine.optimizer_states,
         examples=len(store),
         steps=order.steps,
         steps_per_epoch=order.steps_per_epoch,
         warmup_steps=warmup_steps(recipe.train.schedule, order.steps),
-        train_tokens=train_tokens,
-        shared_ratio=shared_ratio,
+        train_tokens=looks.needed_tokens,
+        shared_ratio=looks.at(choice.budget_tokens).shared_ratio,
         micro_batch_tokens=choice.budget_tokens,
         recompute=choice.recompute,
         ledger=choice.ledger,
@@ -171,119 +132,19 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
     )
 
 
-def _choices(
-    looks: _Looks,
-    longest: int,
-    recipe: Recipe,
-    base: ResolvedModel,
-    machine: MachineFacts,
-    process_bytes: int,
-    eager: bool,
-) -> Iterator[_Choice]:
-    """Ways to carry out the steps, fastest first: full rows, smaller rows, then more and more recomputation."""
-    budgets = [_full_row(looks, max(longest, _ROW_TOKENS[machine.device]))]
-    while budgets[-1] > longest:
-        budgets.append(max(longest, budgets[-1] // 2))
-    for recompute in _RECOMPUTATIONS[machine.device]:
-        for budget in budgets:
-            lines = memory.ledger(
-                base.facts,
-                looks.at(budget).largest,
-                precision=recipe.train.precision,
-                recompute=recompute,
-                process_bytes=process_bytes,
-                eager=eager,
-                device=machine.device,
-            )
-            yield _Choice(budget, recompute, lines)
-
-
-def _full_row(looks: _Looks, budget: int) -> int:
-    """Tokens of a row where memory is no matter: more than products need where long beginnings are shared by several examples."""
-    while looks.at(2 * budget).computed_tokens < _WORTH_LONGER_ROWS * looks.at(budget).computed_tokens:
-        budget *= 2
-    return budget
-
-
-@dataclass(frozen=True)
-class _Laid:
-    """Rows of the steps looked at."""
-
-    largest: Row
-    """Never smaller than the longest example."""
-    computed_tokens: int
-    separate_tokens: int
-
-    @property
-    def shared_ratio(self) -> float:
-        """Share of the examples' tokens that are not computed, because examples of a row begin alike."""
-        return 1 - self.computed_tokens / self.separate_tokens if self.separate_tokens else 0.0
-
-
-class _Looks:
-    """What the run's first steps come to at a budget; each is laid out once."""
-
-    def __init__(self, store: TokenStore, order: Order, *, shared: bool) -> None:
-        self.store, self.order, self.shared = store, order, shared
-        self._seen: dict[int, _Laid] = {}
-
-    def at(self, budget: int) -> _Laid:
-        """The rows of at most so many tokens."""
-        if budget not in self._seen:
-            longest = self.store[int(self.store.lengths.argmax())]
-            tokens, predictions, computed, separate = needed_tokens(longest), longest.supervised_targets, 0, 0
-            for step in self.order.first_steps:
-                for row in self.step(step, budget):
-                    tokens, predictions = max(tokens, row.tokens), max(predictions, len(row.targets_S))
-                    computed, separate = computed + row.tokens, separate + row.separate_tokens
-            self._seen[budget] = _Laid(Row(tokens, predictions), computed, separate)
-        return self._seen[budget]
-
-    def step(self, step: int, budget: int) -> list[MicroBatch]:
-        """A step's rows."""
-        return micro_batches(self.store, self.order.step(step), budget, packed=True, shared=self.shared)
-
-    def typical_row(self, budget: int) -> MicroBatch:
-        """The middle one of the first step's."""
-        rows = sorted(self.step(1, budget), key=lambda row: row.tokens)
-        return rows[len(rows) // 2]
-
-
-def _step_tokens(store: TokenStore, order: Order) -> Iterator[int]:
-    """Tokens of each step's examples, without those that influence no loss."""
-    needed = np.asarray([needed_tokens(store[n]) for n in range(len(store))])
-    for step in range(1, order.steps + 1):
-        yield int(needed[order.step(step)].sum())
-
-
-def _disk_bytes(recipe: Recipe, base: ResolvedModel) -> int:
-    """Two checkpoints (the next is complete before the last one goes), three of the best weights likewise, and the export."""
-    n = base.facts.parameters
+def _disk_bytes(recipe: Recipe, base: ResolvedModel, ground: Ground, choice: Choice) -> int:
+    """Two checkpoints (the next is complete before the last one goes), three of the best weights likewise, the export, and what
+    waits in files."""
+    n, weight = base.facts.parameters, memory.weight_bytes(recipe)
     stored = {"float32": 4}.get(base.facts.dtype, 2) if recipe.export.dtype == "base" else DTYPES[recipe.export.dtype].itemsize
-    return n * (2 * 12 + 3 * 4 + stored)
-
-
-def _memory_refusal(choice: _Choice, machine: MachineFacts, base: ResolvedModel, recipe: Recipe, store: TokenStore) -> str:
-    if choice.peak_bytes <= machine.memory_available_bytes:
-        return ""
-    available = format_bytes(machine.memory_available_bytes)
-    head = (
-        f"does not fit: {format_bytes(choice.peak_bytes)} needed, {available} available on {machine.device_name}, "
-        f"with the smallest rows ({choice.budget_tokens} tokens) and recomputed blocks\n{memory.table(choice.ledger)}\n"
-    )
-    by_row = {"activations", "heap", "logits", "head", "mask"}
-    fixed = sum(line.bytes for line in choice.ledger if line.part not in by_row)
-    if fixed >= machine.memory_available_bytes:
-        return head + (
-            f"weights, gradients and optimizer alone take {format_bytes(fixed)}: this model needs "
-            f"machine.memory_limit (or memory) of at least {format_bytes(choice.peak_bytes)}, or a smaller model.source"
-        )
-    length = int(store.lengths.max())
-    while length > 2 and fixed + sum(
-        line.bytes for line in choice.ledger if line.part in by_row
-    ) * length / store.lengths.max() > (machine.memory_available_bytes):
-        length -= max(1, length // 50)
-    return head + f"the smallest change that fits: data.max_length: {length} with data.too_long: drop or truncate"
+    states = memory.states_bytes(ground.shapes, recipe)
+    needed = n * (2 * weight + 3 * weight + stored) + 2 * states
+    if ground.machine.device == "cpu" or recipe.machine.optimizer_states == "disk":
+        needed += sum(memory.waiting_bytes(ground.shapes, recipe))
+    if choice.recompute == "offload" and ground.machine.device == "cpu":
+        facts = base.facts
+        needed += 4 * facts.hidden_size * facts.layers * ground.looks.at(choice.budget_tokens).largest.step_tokens
+    return needed
 
 
 def _disk_refusal(needed: int, machine: MachineFacts, run: Run) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fullrank.models.embedded import EMBEDDED
+from fullrank.recipe import AdamW, Muon, Train
 from fullrank.records import TestScores
 from fullrank.report.gather import Report, interval_text, metric_name, rule_of_three_text, score_text, without_width
 from fullrank.units import format_bytes, format_count, format_seconds, plural
@@ -133,6 +134,22 @@ def _table(test: str, scores: TestScores) -> str:
     return "\n".join(lines)
 
 
+_RULES = {"adamw": "AdamW", "muon": "Muon", "adafactor": "Adafactor", "lomo": "LOMO", "adalomo": "AdaLomo"}
+
+
+def _rule(train: Train) -> str:
+    """The optimizer, what its states are made of, and the type of the weights."""
+    optimizer = train.optimizer
+    words = [_RULES[optimizer.name]]
+    if isinstance(optimizer, AdamW | Muon):
+        words[0] += f" (betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g})"
+    if isinstance(optimizer, AdamW) and optimizer.moments == "int8":
+        words.append("moments of 8 bits")
+    if train.precision.startswith("bf16") and train.precision != "bf16-mixed":
+        words.append(f"bf16 weights ({train.precision.removeprefix('bf16-')} rounding)")
+    return ", ".join(words)
+
+
 def _training(report: Report) -> str:
     train, recipe = report.train, report.recipe.train
     optimizer, schedule = recipe.optimizer, recipe.schedule
@@ -147,9 +164,8 @@ def _training(report: Report) -> str:
         f"{plural(train.steps, 'step')} of up to {plural(recipe.global_batch_size, 'example')}"
         + (f", stopped early out of {train.steps_planned:,}" if train.stopped_early else "")
         + f"; {format_count(train.tokens_seen)} tokens, {format_count(train.supervised_tokens_seen)} of them with loss",
-        f"AdamW, peak learning rate {optimizer.learning_rate:g}, {schedule.name} schedule, weight decay "
-        f"{optimizer.weight_decay:g}, "
-        f"betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}",
+        f"{_rule(recipe)}, peak learning rate {optimizer.learning_rate:g}, {schedule.name} schedule, weight decay "
+        f"{optimizer.weight_decay:g}",
         f"validation loss {train.validation_loss_before:.4f} before, {train.validation_loss_best:.4f} for the "
         "exported weights "
         f"(step {train.best_step:,})",

@@ -64,6 +64,7 @@ def draw(report: Report) -> list[Figure]:
             _loss(alt, report, rows),
             _learning_rate(alt, rows),
             _gradient_norm(alt, report, rows),
+            _changed(alt, report, rows),
             _speed(alt, rows),
         ]
     return figures
@@ -164,7 +165,7 @@ def _gradient_norm(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
     wide = len(positive) == len(values) and max(positive) > 100 * min(positive)
     scale: dict[str, Any] = {"type": "log"} if wide else {"zero": True}
     chart = _line(alt, values, "Gradient norm" + (" (log scale)" if wide else ""), {}, scale)
-    limit = report.recipe.train.max_grad_norm
+    limit = report.recipe.train.clip_norm
     words = f"Global L2 norm before clipping. {_per_step(every)}"
     if limit is not None:
         clipped = sum(row.grad_norm > limit for row in rows)
@@ -172,6 +173,25 @@ def _gradient_norm(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
         chart = alt.layer(chart, rule)
         words += f" Dashed: the limit of {limit:g}; {clipped:,} of {len(rows):,} steps were scaled down to it."
     return _render("gradient_norm", "Gradient norm", words, chart)
+
+
+def _changed(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
+    values, every = thin(rows, "changed_ratio")
+    chart = _line(alt, values, "Share of weights changed", {"format": ".2f"}, {"domain": [0, 1]})
+    rounded = report.recipe.train.precision.removeprefix("bf16-")
+    words = f"Of a sample of every tensor, the share that a step changed. {_per_step(every)} "
+    if rounded in ("stochastic", "kahan", "nearest"):
+        words += (
+            f"Weights of 16 bits stay where an update is too small for them; {rounded} rounding "
+            + {
+                "stochastic": "moves as many, by chance, as makes the mean right.",
+                "kahan": "keeps what is left over for later steps.",
+                "nearest": "loses it.",
+            }[rounded]
+        )
+    else:
+        words += "Weights of 32 bits stay only where an update is too small even for them, or is nothing."
+    return _render("changed", "Weights changed", words, chart)
 
 
 def _speed(alt: Any, rows: Sequence[StepRow]) -> Figure:

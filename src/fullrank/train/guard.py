@@ -1,7 +1,7 @@
 """What stops a run: numbers that are not finite, and people.
 
-A non-finite loss or gradient stops before the update, so weights and optimizer state stay those of the last good step, and
-the step's examples are named. A first SIGINT or SIGTERM is honoured between micro-batches; a second one interrupts at once.
+A non-finite loss or gradient stops the run before anything of the step is kept, and the step's examples are named. A first SIGINT
+or SIGTERM is honoured between micro-batches; a second one interrupts at once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def check_finite(step: Step, store: TokenStore) -> None:
     names = [store.origin(int(example)) for example in step.examples[:_NAMED]]
     rest = len(step.examples) - len(names)
     raise TrainingError(
-        f"step {step.row.step}: loss {step.outcome.loss}, gradient norm {step.outcome.grad_norm}: not finite, so the weights "
-        f"were left as they were\nits examples: {', '.join(names)}" + (f" and {rest} more" if rest else ""),
+        f"step {step.row.step}: loss {step.outcome.loss}, gradient norm {step.outcome.grad_norm}: not finite, so nothing "
+        f"of this step is kept\nits examples: {', '.join(names)}" + (f" and {rest} more" if rest else ""),
         hint="look at these records; a lower train.optimizer.learning_rate or more warmup often helps",
     )
 

@@ -78,6 +78,7 @@ def steps(
             supervised_tokens=supervised_tokens,
             seconds=time.monotonic() - started,
             memory_bytes=resident_bytes(),
+            changed_ratio=outcome.changed_ratio,
         )
         yield Step(row, examples, outcome)
         started = time.monotonic()

@@ -7,7 +7,7 @@ weights in a fresh process. What does not hold is an error: the export is then n
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullrank.errors import ProofError
 from fullrank.models import export
+from fullrank.models.load import held_by, load_model
 from fullrank.models.resolved import ResolvedModel
 from fullrank.records import Proof
 
 
-def unchanged_tensors(tuned: PreTrainedModel, base: Mapping[str, torch.Tensor]) -> list[str]:
-    """Trainable tensors that equal the base's, bit by bit."""
-    return [n for n, p in tuned.named_parameters() if p.requires_grad and torch.equal(p.detach().cpu(), base[n].detach().cpu())]
+def unchanged_tensors(tuned: PreTrainedModel, base: Path) -> list[str]:
+    """Trainable tensors that equal those of the base's folder in the type they are trained in, bit by bit."""
+    held = held_by(base, tuned)
+    if held is None:  # the base is needed as a model
+        before = dict(load_model(base, device=torch.device("cpu"), dtype=tuned.dtype).named_parameters())
+        held = {name: torch.equal(p.detach().cpu(), before[name].detach()) for name, p in tuned.named_parameters()}
+    return [name for name, p in tuned.named_parameters() if p.requires_grad and held[name]]
 
 
 def check_changed(unchanged: Sequence[str], never_reached: set[str]) -> list[str]:
@@ -57,7 +62,7 @@ def export_and_prove(
         model: the trained weights; cast in place.
         dtype: of the export.
         stop_ids: what the exported generation configuration stops at.
-        probe_ids_1T: the row whose logits are compared.
+        probe_ids_1T: the row whose (last) logits are compared.
         unreached: from `check_changed`.
 
     Raises:
@@ -80,7 +85,7 @@ def export_and_prove(
         export_dtype=str(dtype).removeprefix("torch."),
         export_keys_equal=export.keys_equal(folder, base.folder, tied),
         export_logits_identical=torch.equal(expected, found),
-        export_probe_tokens=probe_ids_1T.numel(),
+        export_probe_tokens=expected.shape[1],
         export_changed_tensors=changed,
         export_tensors=stored,
         ties_kept=tied == fresh.tied and bool(tied) == base.facts.tied_embeddings,

@@ -18,7 +18,7 @@ from fullrank.errors import FitError, ProofError, Stopped, UsageError
 from fullrank.loading import differences
 from fullrank.meter import Meter
 from fullrank.models.export import export_dtype
-from fullrank.models.load import load_model, load_tokenizer
+from fullrank.models.load import load_tokenizer
 from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
@@ -42,6 +42,7 @@ from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint, proof
 from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation
 from fullrank.train.loop import Step, steps, validation_loss
+from fullrank.train.rehearse import rehearsed
 from fullrank.train.setup import set_up
 from fullrank.units import format_bytes
 
@@ -72,22 +73,22 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
     _begin(run, inputs)
     run.tell("started", stage="train")
     with Meter() as meter:
-        training = _Training(recipe, run, base, data, plan, meter)
         try:
             with quiet():
+                training = _Training(recipe, run, base, data, plan, meter)
                 training.fit()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
                 raise
             raise FitError(
-                f"out of memory after step {training.progress.step}, although {format_bytes(plan.peak_bytes_predicted)} were "
+                f"out of memory, although {format_bytes(plan.peak_bytes_predicted)} were "
                 f"planned of {format_bytes(plan.machine.memory_available_bytes)}",
                 hint=f"set machine.memory_limit lower and delete {run.plan_path}: a new plan takes smaller rows",
             ) from error
         checked = training.export()
     card = training.card(current, checked)
     write_record(run.train / "card.json", card)
-    for leftover in (training.checkpoints, training.best_folder):
+    for leftover in (training.checkpoints, training.best_folder, training.waiting):
         shutil.rmtree(leftover, ignore_errors=True)
     run.tell("finished", stage="train", seconds=card.seconds, steps=card.steps, validation_loss=card.validation_loss_best)
     return card
@@ -178,14 +179,15 @@ class _Training:
         self.ledger_path = run.train / "ledger.jsonl"
         self.validation_store = TokenStore(run.data / "validation")
         self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
-        setup = set_up(recipe, run, base, plan)
+        setup, rehearsal = rehearsed(set_up(recipe, run, base, plan), run, plan, self.validation_store)
         self.device, self.train_store, self.order = setup.device, setup.store, setup.order
         self.model, self.layout, self.layout_note = setup.rows.model, setup.layout, setup.rows.why
         self.engine: Engine = setup.engine
+        self.waiting = setup.waiting
         self.progress = _Progress()
         self._sitting_started = time.monotonic()
         self._last_save = time.monotonic()
-        self._save_seconds = 0.0
+        self._save_seconds = rehearsal.save_seconds
         self._saved_step = -1
 
     # ---- the loop's consumer ----------------------------------------------------------------------------------------
@@ -260,8 +262,6 @@ class _Training:
     # ---- saving and resuming ----------------------------------------------------------------------------------------
 
     def _save_is_due(self) -> bool:
-        if self._save_seconds == 0.0:
-            return True  # the first step is saved, so that a save that cannot work fails in the first minute
         gap = max(_SHORTEST_GAP_SECONDS, self._save_seconds / _SAVING_SHARE)
         return time.monotonic() - self._last_save >= gap
 
@@ -308,11 +308,9 @@ class _Training:
     def export(self) -> Proof:
         """Writes `model/` once everything about it has been checked."""
         self.run.show("exporting")
-        base_model = load_model(self.base.folder, device=torch.device("cpu"))
-        unchanged = proof.unchanged_tensors(self.model, dict(base_model.named_parameters()))
-        del base_model
-        unreached = proof.check_changed(unchanged, self.engine.never_reached())
+        never_reached = self.engine.never_reached()
         del self.engine  # the optimizer's memory
+        unreached = proof.check_changed(proof.unchanged_tensors(self.model, self.base.folder), never_reached)
         with new_folder(self.run.model) as folder:
             checked = proof.export_and_prove(
                 self.model,

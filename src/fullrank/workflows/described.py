@@ -44,11 +44,13 @@ def describe(recipe: Recipe, tell: Callable[[str], None]) -> Described:
     from fullrank.parallel import device as devices
 
     device = devices.choose(recipe.machine.device)
-    precision = devices.resolve_precision(recipe.train.precision, device)
+    precision, why = devices.resolve_precision(recipe.train.precision, device)
+    if why:
+        tell(why)
     resolved = recipe.model_copy(
         update={
-            "machine": recipe.machine.model_copy(update={"device": device.type}),
-            "train": recipe.train.model_copy(update={"precision": precision}),
+            "machine": recipe.machine.model_copy(update={"device": device.type, "gradients": recipe.gradients}),
+            "train": recipe.train.model_copy(update={"precision": precision, "max_grad_norm": recipe.train.clip_norm}),
         }
     )
     base = resolve(recipe.model, tell)

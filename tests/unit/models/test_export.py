@@ -46,6 +46,18 @@ def test_an_export_holds_the_bases_tensors_and_the_models_numbers(
     assert torch.equal(export.probe_logits(model, IDS_1T), export.probe_logits(again, IDS_1T))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_of_long_rows_the_last_logits_are_compared(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(family)
+    whole = export.probe_logits(model, IDS_1T)
+    assert whole.shape[1] == IDS_1T.shape[1]
+    monkeypatch.setattr(export, "_KEPT_NUMBERS", 20 * whole.shape[2])
+    last = export.probe_logits(model, IDS_1T)
+    assert last.shape[1] == 20 and torch.allclose(last, whole[:, -20:], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(export, "_KEPT_NUMBERS", 0)
+    assert export.probe_logits(model, IDS_1T).shape[1] == 16
+
+
 @pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("gemma3", torch.float32)], ids=["untied bf16", "tied"])
 def test_a_fresh_process_computes_the_same_bits(
     tiny_model_folder: Callable[..., Path], tmp_path: Path, family: str, dtype: torch.dtype
@@ -95,6 +107,24 @@ def test_generation_stops_where_training_taught_it_to(
     assert config.bos_token_id == 320
     assert load_tokenizer(tmp_path).chat_template == tiny.CHATML
     assert str(base) not in (tmp_path / "config.json").read_text(), "a path of this machine says nothing elsewhere"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_changes_are_counted_in_the_exports_type(
+    tiny_model_folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = tiny_model_folder("llama")
+    tensors = load_file(base / "model.safetensors")
+    ours = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_file(ours, tmp_path / "model.safetensors")
+    assert export.changed_tensors(tmp_path, base) == (0, len(tensors))
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = tensors[name].clone()
+    moved[-1, -1] *= 1 + 2**-11  # an update that bf16 rounds away
+    save_file(ours | {name: moved.to(dtype)}, tmp_path / "model.safetensors")
+    assert export.changed_tensors(tmp_path, base) == (int(dtype == torch.float32), len(tensors))
+    save_file(ours | {name: ours[name][:-1].clone(), "another": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert export.changed_tensors(tmp_path, base) == (2, len(tensors) + 1)
 
 
 def test_keys_differ_by_a_name_a_shape_or_a_tie_that_is_none(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -18,12 +19,9 @@ IDS = torch.tensor([[5, 9, 12, 5, 319, 40, 7]])
 def gradients(model: Any, tuned: Tuned | None, passes: int) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     for _ in range(passes):
-        if tuned is None:
+        with contextlib.nullcontext() if tuned is None else tuned():
             logits = model(input_ids=IDS).logits
-        else:
-            with tuned():
-                logits = model(input_ids=IDS).logits
-        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+            (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

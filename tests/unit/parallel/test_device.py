@@ -32,11 +32,13 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch: 
 def test_precision_is_bf16_only_where_the_device_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     there(monkeypatch, cuda=True, bf16=True)
-    assert devices.resolve_precision("auto", cuda) == "bf16-mixed"
-    assert devices.resolve_precision("auto", cpu) == "fp32"
-    assert devices.resolve_precision("fp32", cuda) == "fp32"
+    assert devices.resolve_precision("auto", cuda)[0] == "bf16-mixed"
+    precision, why = devices.resolve_precision("auto", cpu)
+    assert precision == "fp32" and "does not multiply bf16" in why
+    assert devices.resolve_precision("fp32", cuda) == ("fp32", "")
+    assert devices.resolve_precision("bf16-stochastic", cpu) == ("bf16-stochastic", "")  # widened to compute
     there(monkeypatch, cuda=True, bf16=False)
-    assert devices.resolve_precision("auto", cuda) == "fp32", "emulated bf16 is slower than fp32"
+    assert devices.resolve_precision("auto", cuda)[0] == "fp32", "emulated bf16 is slower than fp32"
     for device in (cpu, cuda):
         with pytest.raises(UsageError, match="bf16-mixed needs a CUDA device"):
             devices.resolve_precision("bf16-mixed", device)

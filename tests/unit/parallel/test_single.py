@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fullrank.models.rows import RowModel
 from fullrank.parallel.engine import StepOutcome
 from fullrank.parallel.single import SingleDevice
-from fullrank.recipe import Optimizer, Train
+from fullrank.recipe import AdamW, Train
 from fullrank.sequences.layout import MicroBatch, micro_batches
 from fullrank.sequences.store import TokenStore
 
@@ -27,7 +26,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 
 def engine_of(family: str = "llama", *, recompute: str = "none", **train: Any) -> SingleDevice:
-    settings = {"precision": "fp32", "optimizer": Optimizer(weight_decay=0.1)} | train
+    settings = {"precision": "fp32", "optimizer": AdamW(weight_decay=0.1)} | train
     return SingleDevice(RowModel(tiny.model(family), adds_gradients=True), Train(**settings), recompute=recompute)
 
 
@@ -53,15 +52,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def gradients_seen(engine: SingleDevice, rows: list[MicroBatch]) -> tuple[StepOutcome, dict[str, torch.Tensor]]:
     """A step, and the gradients as its optimizer was handed them."""
     seen: dict[str, torch.Tensor] = {}
+    update = engine._updater.update
 
-    def read(*_: Any) -> None:
-        seen.update({name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None})
+    def read(gradients: Mapping[str, torch.Tensor], **options: Any) -> None:
+        seen.update({name: gradient.clone() for name, gradient in gradients.items()})
+        update(gradients, **options)
 
-    hook = register_optimizer_step_pre_hook(read)
-    try:
-        return advance(engine, rows), seen
-    finally:
-        hook.remove()
+    engine._updater.update = read  # type: ignore[method-assign]
+    return advance(engine, rows), seen
 
 
 # ---- clipping ---------------------------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def test_a_state_continues_bit_by_bit(store: TokenStore, family: str) -> None:
     saved = first.state()
     kept = {kind: {name: t.clone() for name, t in tensors.items()} for kind, tensors in saved.tensors.items()}
     rows = RowModel(tiny.model(family, seed=99), adds_gradients=True)
-    second = SingleDevice(rows, Train(precision="fp32", optimizer=Optimizer(weight_decay=0.1)), recompute="none")
+    second = SingleDevice(rows, Train(precision="fp32", optimizer=AdamW(weight_decay=0.1)), recompute="none")
     second.load_state(type(saved)(tensors=kept, facts=saved.facts))
     for step in range(2, 4):
         advance(second, rows_of(store, step), seed=step)

@@ -10,8 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fullrank.models.rows import RowModel
+from fullrank.parallel.groups import Shapes
 from fullrank.plan.memory import Row, block_activation_bytes, ledger, table, total
-from fullrank.records import ModelFacts
+from fullrank.recipe import Recipe
+from fullrank.records import LedgerLine, ModelFacts
 from fullrank.sequences.layout import row_of
 from fullrank.sequences.store import Example
 
@@ -38,9 +40,30 @@ def facts(**changes: Any) -> ModelFacts:
     return ModelFacts(**(sizes | changes))
 
 
-def parts(**options: Any) -> dict[str, int]:
-    defaults: dict[str, Any] = {"precision": "fp32", "recompute": "none", "process_bytes": 7, "eager": False, "device": "cpu"}
-    return {line.part: line.bytes for line in ledger(facts(), Row(tokens=10, predictions=4), **(defaults | options))}
+#: Of the 1,000 parameters 400 stand outside the blocks, two blocks have 300 each; the largest tensor has 350.
+SHAPES = Shapes(
+    trained={"embed": (50, 8), "one.up": (30, 10), "two.up": (30, 10)},
+    hidden=frozenset({"one.up", "two.up"}),
+    parameters=1000,
+    outside=400,
+    outside_trained=400,
+    block=300,
+    block_trained=300,
+    largest_tensor=400,
+)
+ROW = Row(tokens=10, predictions=4, step_tokens=30)
+
+
+def lines(model: ModelFacts | None = None, row: Row = ROW, **options: Any) -> list[LedgerLine]:
+    defaults: dict[str, Any] = {"recompute": "none", "process_bytes": 7, "eager": False, "device": "cpu"}
+    recipe = {name: options.pop(name) for name in ("train", "machine") if name in options}
+    written = Recipe.model_validate({"name": "a", "model": {"source": "a"}, "data": {"train": "a"}} | recipe)
+    train = written.train if written.train.precision != "auto" else written.train.model_copy(update={"precision": "fp32"})
+    return ledger(model or facts(), SHAPES, row, written.model_copy(update={"train": train}), **(defaults | options))
+
+
+def parts(*arguments: Any, **options: Any) -> dict[str, int]:
+    return {line.part: line.bytes for line in lines(*arguments, **options)}
 
 
 def test_every_part_by_hand() -> None:
@@ -63,14 +86,14 @@ def test_every_part_on_an_accelerator_by_hand() -> None:
 
 
 def test_logits_are_those_of_a_chunk() -> None:
-    many = {line.part: line.bytes for line in ledger(facts(vocabulary=100_000), Row(5000, 5000), **LEDGER)}
+    many = parts(facts(vocabulary=100_000), Row(5000, 5000, 5000))
     assert many["logits"] == 2 * 4 * 100_000 * (64 * 2**20 // 400_000)
 
 
 def test_recomputed_blocks_keep_their_inputs_and_one_block() -> None:
     assert parts(recompute="block")["activations"] == 2 * 10 * 8 * 4 + 4160
     assert parts(recompute="offload")["activations"] == 2 * 10 * 8 * 4 + 4160  # two inputs at a time, whatever the depth
-    deep = {line.part: line.bytes for line in ledger(facts(layers=50), Row(10, 4), **(LEDGER | {"recompute": "offload"}))}
+    deep = parts(facts(layers=50), recompute="offload")
     assert deep["activations"] == parts(recompute="offload")["activations"]
 
 
@@ -80,7 +103,7 @@ def test_selective_recomputation_keeps_what_products_gave() -> None:
 
 
 def test_bf16_halves_activations_and_adds_casts() -> None:
-    mixed = parts(precision="bf16-mixed", device="cuda")
+    mixed = parts(train={"precision": "bf16-mixed"}, device="cuda")
     assert mixed["activations"] == 6080
     assert mixed["weights"] == 4 * 1000 + 2 * 1000
     assert mixed["logits"] == 4 * 50 * 10
@@ -93,14 +116,52 @@ def test_eager_attention_keeps_its_scores() -> None:
     assert parts(eager=True, recompute="block")["activations"] - parts(recompute="block")["activations"] == scores
 
 
+@pytest.mark.parametrize("gradients", ["release", "spill"])
+def test_block_by_block_one_gradient_is_alive_and_the_steps_inputs_wait(gradients: str) -> None:
+    found = parts(machine={"gradients": gradients}, recompute="block")
+    assert found["gradients"] == 4 * (300 + 400)
+    assert found["activations"] == 2 * 30 * 8 * 4 + 4160  # of the whole step, not of one row
+
+
+def test_weights_of_16_bits_are_widened_on_a_cpu() -> None:
+    found = parts(train={"precision": "bf16-stochastic"}, recompute="block")
+    assert (found["weights"], found["widened"]) == (2 * 1000, 4 * (300 + 400))
+    assert found["gradients"] == 4 * 1000  # kept, since nothing else was said
+    on_cuda = parts(train={"precision": "bf16-stochastic"}, recompute="block", device="cuda")
+    assert on_cuda["weights"] == 2 * 1000 and "widened" not in on_cuda
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_"),
+    [
+        ({"name": "adamw"}, 8 * 1000),
+        # fewer than 4,096 elements are not worth coding
+        ({"name": "adamw", "moments": "int8"}, 8 * 1000),
+        ({"name": "muon"}, 4 * 600 + 8 * 400),
+        ({"name": "adafactor"}, 4 * (50 + 8 + 2 * (30 + 10))),
+        ({"name": "adalomo"}, 4 * (50 + 8 + 2 * (30 + 10))),
+        ({"name": "lomo"}, 0),
+    ],
+)
+def test_states_are_counted_by_tensor(optimizer: dict[str, Any], bytes_: int) -> None:
+    found = parts(train={"optimizer": optimizer}, recompute="block")
+    assert found["optimizer"] == bytes_
+    assert ("update" in found) == (optimizer["name"] in ("muon", "adafactor", "adalomo"))
+
+
+def test_kahan_keeps_what_was_cut_off() -> None:
+    assert parts(train={"precision": "bf16-kahan"}, recompute="block")["optimizer"] == 10 * 1000
+
+
+def test_states_elsewhere_leave_two_tensors_here() -> None:
+    assert parts(machine={"optimizer_states": "disk"})["optimizer"] == int(0.8 * 8 * 1000)
+
+
 def test_the_peak_is_the_sum_and_the_table_tells_every_part() -> None:
-    lines = ledger(facts(), Row(10, 4), **LEDGER)
-    assert total(lines) == 4000 + 4000 + 8000 + 8320 + 1600 + int(0.35 * 8320)
-    for line, told in zip(lines, table(lines).splitlines(), strict=True):
+    found = lines(process_bytes=0)
+    assert total(found) == 4000 + 4000 + 8000 + 8320 + 1600 + int(0.35 * 8320)
+    for line, told in zip(found, table(found).splitlines(), strict=True):
         assert line.part in told and line.formula in told
-
-
-LEDGER: dict[str, Any] = {"precision": "fp32", "recompute": "none", "process_bytes": 0, "eager": False, "device": "cpu"}
 
 
 def kept_by_autograd(layers: int, tokens: int, *, tuned: bool) -> int:

@@ -13,7 +13,7 @@ from tiny import random_tokens, write_store
 from fullrank.models.resolved import ResolvedModel
 from fullrank.models.source import load_config, resolve
 from fullrank.plan import speed
-from fullrank.recipe import Model
+from fullrank.recipe import Model, Train
 from fullrank.sequences.layout import MicroBatch, micro_batches
 
 CPU = torch.device("cpu")
@@ -27,7 +27,13 @@ def row(tmp_path: Path) -> MicroBatch:
 
 def measured(base: ResolvedModel, row: MicroBatch, available_bytes: int = 10**12) -> speed.Speed | None:
     return speed.measure(
-        load_config(base.folder), base.facts, row, device=CPU, precision="fp32", recompute="none", available_bytes=available_bytes
+        load_config(base.folder),
+        base.facts,
+        row,
+        device=CPU,
+        train=Train(precision="fp32"),
+        recompute="none",
+        available_bytes=available_bytes,
     )
 
 
@@ -48,7 +54,7 @@ def test_blocks_are_extended_and_the_rest_counts_once(
     base = ResolvedModel(base.folder, base.facts.model_copy(update={"layers": 10, "parameters": 8_000_000}))
     timings = {1: (5.0, 9.0), 2: (7.0, 15.0)}
     monkeypatch.setattr(speed, "_time_blocks", lambda config, blocks, *rest: timings[blocks])
-    monkeypatch.setattr(speed, "_time_optimizer", lambda device: 0.25)
+    monkeypatch.setattr(speed, "_time_optimizer", lambda device, train: 0.25)
     found = measured(base, row)
     assert found is not None
     assert found.forward_per_token == pytest.approx(23.0 / row.tokens)

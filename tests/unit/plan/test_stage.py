@@ -15,6 +15,7 @@ from staging import Staged, staged, write_case
 from tiny import write_jsonl
 
 from fullrank.errors import FitError, UsageError
+from fullrank.plan import clock
 from fullrank.plan import stage as plan_stage
 from fullrank.plan.speed import Speed
 from fullrank.records import Plan
@@ -33,7 +34,7 @@ SPEED = Speed(forward_per_token=1e-3, forward_backward_per_token=3e-3, optimizer
 @pytest.fixture(autouse=True)
 def _a_process_and_a_speed_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_stage, "resident_bytes", lambda: PROCESS)
-    monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: SPEED)
+    monkeypatch.setattr(clock.speed, "measure", lambda *arguments, **options: SPEED)
 
 
 @pytest.fixture
@@ -202,3 +203,97 @@ def test_rows_are_longer_where_long_beginnings_are_shared(tmp_path: Path, tiny_m
     lengths = TokenStore(run.run.data / "train").lengths
     assert usual.micro_batch_tokens == 1024 < lengths.max() < plan.micro_batch_tokens
     assert plan.shared_ratio > 0.3
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_dropout_shares_nothing(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
+    rates = {"attn_pdrop": 0.0, "resid_pdrop": 0.1, "embd_pdrop": 0.0}
+    shared = write_case(_made(tmp_path / "a"), tiny_model_folder("gpt2", **(rates | {"resid_pdrop": 0.0})), rows=22)
+    drawn = write_case(_made(tmp_path / "b"), tiny_model_folder("gpt2", **rates), rows=22)
+    assert planned(shared)[1].shared_ratio > 0.1 and planned(drawn)[1].shared_ratio == 0.0
+
+
+# ---- what fits instead ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deep(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
+    """Blocks are most of the parameters, parameters most of the memory."""
+    folder = tiny_model_folder("llama", num_hidden_layers=40)
+    return write_case(tmp_path, folder, rows=22, train={"epochs": 2.5, "global_batch_size": 4})
+
+
+def refused(case: Path, *overrides: str) -> str:
+    with pytest.raises(FitError) as caught:
+        planned(case, *overrides)
+    return caught.value.message
+
+
+def needed(case: Path, *overrides: str) -> int:
+    """The least memory that a recipe can be planned in, found from the refusal of none."""
+    found = re.search(r"does not fit: [\d.]+ \w+ needed", refused(case, f"machine.memory_limit={PROCESS + 1000}", *overrides))
+    assert found
+    plan = read_record(staged(case, overrides).run.plan_path, Plan)
+    assert plan is not None
+    return plan.peak_bytes_predicted
+
+
+SPILL = "machine.gradients=spill"
+
+
+def test_the_smallest_change_is_named_with_bytes_and_time_and_fits(deep: Path) -> None:
+    limit = f"machine.memory_limit={(needed(deep) + needed(deep, SPILL)) // 2}"
+    message = refused(deep, limit)
+    found = re.search(r"the smallest change that fits: (\S+)  \((.+), about ([\d.]+) times the time, the same weights\)", message)
+    assert found and found[1] == SPILL, message
+    assert "or: machine.gradients=release  (" in message and "machine.gradients=spill machine" not in message
+    _, plan = planned(deep, limit, found[1])
+    assert plan.fits and plan.gradients == "spill" and "waiting in a file" in plan.waiting
+    # Twice through the blocks takes longer: the stated speed has 3 for forward and backward and 1 for forward.
+    times = [float(ratio) for ratio in re.findall(r"about ([\d.]+) times", message)]
+    assert times[1] > times[0]
+
+
+def test_another_step_is_named_only_where_the_same_weights_do_not_fit(
+    tmp_path: Path, tiny_model_folder: Callable[..., Path]
+) -> None:
+    deep = write_case(tmp_path, tiny_model_folder("llama", num_hidden_layers=150), rows=22)
+    least = needed(deep, SPILL, "machine.optimizer_states=disk")
+    other = needed(deep, "train.precision=bf16-stochastic", "train.optimizer={name: adalomo}")
+    assert other < least
+    message = refused(deep, f"machine.memory_limit={(least + other) // 2}")
+    assert "another step: it learns differently" in message and "the same weights" not in message
+    changes = re.search(r"the smallest change that fits: (.+?)  \(", message)
+    assert changes
+    _, plan = planned(deep, f"machine.memory_limit={(least + other) // 2}", *changes[1].split(" "))
+    assert plan.fits and plan.precision == "bf16-stochastic"
+
+
+def test_what_waits_in_files_takes_room_on_the_disk(deep: Path) -> None:
+    _, plain = planned(deep)
+    _, plan = planned(deep, SPILL, "machine.optimizer_states=disk", "name=elsewhere")
+    assert plan.disk_bytes_predicted == plain.disk_bytes_predicted + 12 * plan.trained_parameters
+    assert plan.peak_bytes_predicted < plain.peak_bytes_predicted
+
+
+def test_frozen_parts_have_neither_gradient_nor_state(deep: Path) -> None:
+    _, whole = planned(deep)
+    _, part = planned(deep, "train.frozen=[model.layers]", "name=part")
+    parts = {line.part: line.bytes for line in part.ledger}
+    assert part.trained_parameters < whole.trained_parameters == whole.model.parameters
+    assert (parts["gradients"], parts["optimizer"]) == (4 * part.trained_parameters, 8 * part.trained_parameters)
+    assert parts["weights"] == 4 * part.model.parameters
+
+
+def test_a_begun_run_that_moves_elsewhere_is_planned_anew(case: Path) -> None:
+    run, plan = planned(case)
+    run.run.train.mkdir(exist_ok=True)
+    (run.run.train / "inputs.json").write_text("{}\n")
+    again, kept = planned(case, "machine.memory_limit=9GB")
+    assert again.reused("plan") and kept == plan
+    again, moved = planned(case, SPILL)
+    assert not again.reused("plan") and moved.gradients == "spill"

@@ -206,7 +206,10 @@ def plan_record() -> Plan:
             disk_free_bytes=90_000_000_000,
         ),
         model=model_facts(),
+        trained_parameters=134_515_008,
         precision="fp32",
+        gradients="keep",
+        optimizer_states="device",
         examples=360,
         steps=STEPS,
         steps_per_epoch=90,
@@ -243,6 +246,7 @@ def step_rows() -> list[StepRow]:
                 supervised_tokens=204,
                 seconds=2.2 + abs(chance.gauss(0, 0.1)),
                 memory_bytes=3_300_000_000,
+                changed_ratio=1.0 - 0.1 * decay,
                 validation_loss=0.338 + 2.57 * math.exp(-step / 16) + (0.002 if step > BEST_STEP else 0)
                 if step % 15 == 0
                 else None,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from staging import leftovers
@@ -92,3 +95,55 @@ def test_weights_alone(tmp_path: Path) -> None:
     for step in (1, 3):
         with pytest.raises(TrainingError, match=f"step-{step:08d}: the weights of the lowest validation loss"):
             checkpoint.load_weights(best, step)
+
+
+class Made(Mapping[str, torch.Tensor]):
+    """Tensors that exist while someone holds them, and how many did at once."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.alive, self.most = count, 0, 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        memory = np.full(256, float(name), dtype=np.float32)  # 1 KiB, alive as long as any tensor looks at it
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(memory, self._gone)
+        return torch.from_numpy(memory)
+
+    def _gone(self) -> None:
+        self.alive -= 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(number) for number in range(self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_state_larger_than_memory_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_PART_BYTES", 4 << 10)
+    made = Made(10)
+    folder = checkpoint.save(tmp_path, 1, EngineState({"exp_avg": made, "none": {}}, {}), {})
+    assert made.most <= 5, "a part, and the tensor that begins the next"
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+        "exp_avg-00002.safetensors",
+        "exp_avg-00003.safetensors",
+        "exp_avg.safetensors",
+        "none.safetensors",
+    ]
+    _, found, _ = checkpoint.load(folder)
+    assert found.tensors.keys() == {"exp_avg", "none"} and not found.tensors["none"]
+    assert found.tensors["exp_avg"].keys() == set(made)
+    assert all(torch.equal(found.tensors["exp_avg"][name], made[name]) for name in made)
+    (folder / "exp_avg-00002.safetensors").unlink()
+    heard: list[str] = []
+    assert checkpoint.newest(tmp_path, heard.append) is None and "exp_avg-00002.safetensors is missing" in heard[0]
+
+
+def test_what_was_read_is_memory_of_its_own(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, 1, state(2.5), {})
+    _, found, _ = checkpoint.load(folder)
+    tensor = found.tensors["weights"]["a.weight"]
+    (folder / "weights.safetensors").write_bytes(b"")
+    assert torch.equal(tensor, torch.full((4, 3), 2.5))
+    assert found.tensors["exp_avg"]["b"] is not found.tensors["exp_avg"]["b"]

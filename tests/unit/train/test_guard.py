@@ -31,6 +31,7 @@ def step_of(examples: list[int], outcome: StepOutcome) -> Step:
         supervised_tokens=1,
         seconds=1.0,
         memory_bytes=1,
+        changed_ratio=1.0,
     )
     return Step(row, np.asarray(examples), outcome)
 

@@ -11,7 +11,7 @@ from staging import Staged, staged, write_case
 
 from fullrank.models.load import load_model
 from fullrank.parallel import device as devices
-from fullrank.plan import stage as plan_stage
+from fullrank.plan import speed
 from fullrank.records import Plan, Profile
 from fullrank.run import need_record, read_record, write_record
 from fullrank.sequences.layout import micro_batches, needed_tokens
@@ -24,7 +24,7 @@ BEST = 1e9
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: None)
+    monkeypatch.setattr(speed, "measure", lambda *arguments, **options: None)
     monkeypatch.setattr(devices, "best_product_rate", lambda device, dtype: BEST)
 
 
@@ -96,6 +96,34 @@ def test_more_steps_than_the_run_has_are_taken_again(tmp_path: Path, tiny_model_
     run.data()
     assert run.plan().steps == 1
     assert profiles.profile(run.recipe, run.run, run.base, 2).steps == 2
+
+
+def test_the_steps_that_are_watched_are_those_that_were_timed(
+    tmp_path: Path, tiny_model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    real = profiles.laid_out_ahead
+
+    def noted(store: Any, order: Any, layout: Any, wanted: Any) -> Any:
+        taken.extend(wanted)
+        return real(store, order, layout, wanted)
+
+    monkeypatch.setattr(profiles, "laid_out_ahead", noted)
+    run = staged(write_case(tmp_path, tiny_model_folder("llama")))
+    run.data()
+    run.plan()
+    profiles.profile(run.recipe, run.run, run.base, 2)
+    assert taken == [1, 2, 3, 2, 3]
+
+
+@pytest.mark.parametrize("gradients", ["release", "spill"])
+def test_steps_block_by_block_are_profiled(gradients: str, tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
+    run = staged(write_case(tmp_path, tiny_model_folder("llama")), [f"machine.gradients={gradients}"])
+    run.data()
+    run.plan()
+    found = profiles.profile(run.recipe, run.run, run.base, 2)
+    assert all(found.phases[phase] > 0 for phase in ("forward", "head", "backward", "optimizer"))
+    assert {part.part for part in found.memory} >= {"weights", "gradients", "optimizer"}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fullrank.models.load import load_model
 from fullrank.models.resolved import ResolvedModel
 from fullrank.models.source import resolve
 from fullrank.recipe import Model
+from fullrank.train import proof
 from fullrank.train.proof import check_changed, export_and_prove, unchanged_tensors
 
 CPU = torch.device("cpu")
@@ -29,15 +30,44 @@ def base(tiny_model_folder: Callable[..., Path]) -> ResolvedModel:
     return resolve(Model(source=str(tiny_model_folder("llama"))))
 
 
-def test_tensors_that_did_not_move_are_found(base: ResolvedModel) -> None:
-    model = load_model(base.folder, device=CPU)
-    before = dict(load_model(base.folder, device=CPU).named_parameters())
-    assert unchanged_tensors(model, before) == list(before)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "norm"), [("llama", "model.norm.weight"), ("gpt2", "transformer.ln_f.weight")])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_tensors_that_did_not_move_are_found(
+    tiny_model_folder: Callable[..., Path], family: str, norm: str, stored: str, dtype: torch.dtype
+) -> None:
+    folder = tiny_model_folder(family, dtype=stored)
+    model = load_model(folder, device=CPU, dtype=dtype)
+    assert unchanged_tensors(model, folder) == [name for name, _ in model.named_parameters()]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name != "model.norm.weight":
-                parameter.view(-1)[-1] += 1e-3  # one number of a tensor is enough
-    assert unchanged_tensors(model, before) == ["model.norm.weight"]
+            if name != norm:
+                parameter.view(-1)[-1] += 1  # one number of a tensor is enough
+    assert unchanged_tensors(model, folder) == [norm]
+    model.get_parameter(norm).requires_grad_(False)
+    assert unchanged_tensors(model, folder) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_base_is_not_loaded_again(
+    tiny_model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    folder = tiny_model_folder(family)  # of experts, stored one by one and held as one tensor, one number is enough as well
+    model = load_model(folder, device=CPU)
+    monkeypatch.setattr(proof, "load_model", pytest.fail)
+    assert unchanged_tensors(model, folder) == [name for name, _ in model.named_parameters()]
+    name = "model.layers.1.mlp.experts.gate_up_proj" if family == "qwen3_moe" else "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] += 1
+    assert unchanged_tensors(model, folder) == [other for other, _ in model.named_parameters() if other != name]
+
+
+def test_where_names_do_not_tell_the_base_is_loaded(base: ResolvedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(base.folder, device=CPU, dtype=torch.bfloat16)
+    monkeypatch.setattr(proof, "held_by", lambda *_: None)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[-1] += 1
+    assert unchanged_tensors(model, base.folder) == [n for n, _ in model.named_parameters() if n != "model.norm.weight"]
 
 
 def test_only_what_no_gradient_reached_may_stay() -> None:
@@ -75,12 +105,12 @@ def prove(base: ResolvedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, **
 
 
 def test_an_export_that_is_the_model(base: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = prove(base, tmp_path / "m", monkeypatch, dtype=torch.bfloat16)
+    found = prove(base, tmp_path / "m", monkeypatch, dtype=torch.bfloat16)
     trainable = len(list(load_model(base.folder, device=CPU).parameters()))
-    assert (proof.trainable_tensors, proof.changed_tensors) == (trainable, trainable - 1)
-    assert proof.never_reached_tensors == ["model.norm.weight"] and proof.export_dtype == "bfloat16"
-    assert proof.export_logits_identical and proof.export_keys_equal and proof.ties_kept
-    assert proof.export_probe_tokens == 12
+    assert (found.trainable_tensors, found.changed_tensors) == (trainable, trainable - 1)
+    assert found.never_reached_tensors == ["model.norm.weight"] and found.export_dtype == "bfloat16"
+    assert found.export_logits_identical and found.export_keys_equal and found.ties_kept
+    assert found.export_probe_tokens == 12
 
 
 def test_other_logits_are_refused(base: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from tiny import chat_rows, write_jsonl
 from fullrank.cli.options import loaded
 from fullrank.data.labelstudio import Applied
 from fullrank.errors import DataError, DataRefused, FullrankError, UsageError
-from fullrank.plan import stage as plan_stage
+from fullrank.plan import speed
 from fullrank.run import read_json_lines
 from fullrank.workflows import data as workflow
 from fullrank.workflows.stages import run_until
@@ -24,7 +24,7 @@ KEY = "AKIAIOSFODNN7EXAMPLX"
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: None)
+    monkeypatch.setattr(speed, "measure", lambda *arguments, **options: None)
 
 
 @pytest.fixture

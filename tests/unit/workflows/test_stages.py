@@ -15,7 +15,7 @@ from tiny import chat_rows, write_jsonl
 from fullrank.cli.options import loaded
 from fullrank.errors import DataError, FullrankError, ModelError, ProofError, RecipeError
 from fullrank.models import export
-from fullrank.plan import stage as plan_stage
+from fullrank.plan import speed
 from fullrank.records import DataCard, TrainCard
 from fullrank.run import Run, read_json_lines, read_record, verify_manifest
 from fullrank.sequences.store import TokenStore
@@ -28,7 +28,7 @@ TASKS = {"tasks": [{"metric": "exact_match"}], "max_new_tokens": 4}
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "fresh_process", fresh_here)
-    monkeypatch.setattr(plan_stage.speed, "measure", lambda *arguments, **options: None)
+    monkeypatch.setattr(speed, "measure", lambda *arguments, **options: None)
 
 
 @pytest.fixture
@@ -197,6 +197,6 @@ def test_memory_that_runs_out_is_a_matter_of_fit(case: Path, monkeypatch: pytest
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(train_stage, "validation_loss", full)
-    with pytest.raises(FullrankError, match="out of memory after step 0") as caught:
+    with pytest.raises(FullrankError, match="out of memory, although") as caught:
         go(case, "train")
     assert caught.value.exit_code == 4

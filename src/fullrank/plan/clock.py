@@ -1,0 +1,70 @@
+"""How long a training by a recipe takes, from a measurement of the model's own blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from fullrank.parallel import device as devices
+from fullrank.plan import memory, speed
+from fullrank.plan.layouts import Choice, Ground
+from fullrank.plan.speed import Speed
+from fullrank.recipe import Recipe
+from fullrank.run import Run
+from fullrank.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all steps come to."""
+
+    steps: int
+    needed_tokens: int
+    validation_tokens: int
+    """Of all validations."""
+
+
+class Clock:
+    """Seconds of the training by a recipe, from one measurement of the model's blocks for each way to carry out a step."""
+
+    def __init__(self, config: PreTrainedConfig, ground: Ground, work: Work, run: Run) -> None:
+        self._config, self._ground, self._work, self._run = config, ground, work, run
+        self._measured: dict[str, Speed | None] = {}
+        self._disk: float | None = None
+
+    def seconds(self, recipe: Recipe, choice: Choice) -> tuple[float, str]:
+        """(seconds, what they rest on); 0 where nothing could be measured."""
+        ground, work = self._ground, self._work
+        how = "block" if memory.is_blockwise(recipe) else choice.recompute
+        key = f"{how} {recipe.train.precision} {recipe.train.optimizer}"
+        if key not in self._measured:
+            self._measured[key] = speed.measure(
+                self._config,
+                ground.base.facts,
+                ground.looks.typical_row(choice.budget_tokens),
+                device=devices.choose(ground.machine.device),
+                train=recipe.train,
+                recompute=how,
+                available_bytes=ground.machine.memory_available_bytes,
+            )
+        measured = self._measured[key]
+        if measured is None:
+            return 0.0, "not estimated: measuring two blocks would take more than half of the memory"
+        computed = work.needed_tokens * (1 - ground.looks.at(choice.budget_tokens).shared_ratio)
+        per_token = measured.forward_backward_per_token
+        if memory.goes_twice(recipe):  # the second time no forward pass goes before it
+            per_token += measured.forward_backward_per_token - measured.forward_per_token
+        seconds = (
+            computed * per_token + work.steps * measured.optimizer_step + work.validation_tokens * measured.forward_per_token
+        )
+        moved = 2 * sum(memory.waiting_bytes(ground.shapes, recipe)) * work.steps
+        moved += (
+            8 * ground.base.facts.hidden_size * ground.base.facts.layers * int(computed) if choice.recompute == "offload" else 0
+        )
+        basis = measured.basis
+        if moved and ground.machine.device == "cpu":
+            self._disk = self._disk or speed.file_bytes_per_second(self._run.root)
+            seconds += moved / self._disk
+            basis += f"; {format_bytes(self._disk)}/s to and from a file"
+        return seconds, basis

@@ -1,0 +1,142 @@
+"""The ways to lay out the steps of a run, fastest first, each with its memory ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fullrank.models.resolved import ResolvedModel
+from fullrank.parallel.groups import Shapes
+from fullrank.plan import memory
+from fullrank.plan.memory import Recompute, Row
+from fullrank.recipe import Recipe
+from fullrank.records import LedgerLine, MachineFacts
+from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens
+from fullrank.sequences.order import Order
+from fullrank.sequences.store import TokenStore
+
+#: Tokens of a row beyond which matrix products gain nothing: past some hundreds a CPU's are at full rate, and longer rows only
+#: hold more activations (measured, see docs/LOG.md); accelerators want more.
+_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
+#: Rows twice as long are worth it where they leave no more than this of the tokens to compute.
+_WORTH_LONGER_ROWS = 0.95
+#: What may be recomputed, the least first. Beneath the compiled attention of an accelerator, selective recomputation is unproven.
+_RECOMPUTATIONS: dict[str, tuple[Recompute, ...]] = {
+    "cpu": ("none", "selective", "block"),
+    "mps": ("none", "block"),
+    "cuda": ("none", "block", "offload"),
+}
+#: Where steps go block by block, a block's input is all that is kept of it.
+_BLOCKWISE: tuple[Recompute, ...] = ("block", "offload")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to carry out the steps, and what it needs."""
+
+    budget_tokens: int
+    recompute: Recompute
+    ledger: list[LedgerLine]
+
+    @property
+    def peak_bytes(self) -> int:
+        return memory.total(self.ledger)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a plan starts from, whatever the recipe says of the step."""
+
+    base: ResolvedModel
+    machine: MachineFacts
+    shapes: Shapes
+    looks: Looks
+    longest: int
+    """Tokens of the longest example."""
+    process_bytes: int
+    eager: bool
+
+
+def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
+    """Ways to carry out the steps, fastest first: full rows, smaller rows, then more and more recomputation."""
+    device, longest = ground.machine.device, ground.longest
+    budgets = [_full_row(ground.looks, max(longest, _ROW_TOKENS[device]))]
+    while budgets[-1] > longest:
+        budgets.append(max(longest, budgets[-1] // 2))
+    for recompute in _BLOCKWISE if memory.is_blockwise(recipe) else _RECOMPUTATIONS[device]:
+        for budget in budgets:
+            lines = memory.ledger(
+                ground.base.facts,
+                ground.shapes,
+                ground.looks.at(budget).largest,
+                recipe,
+                recompute=recompute,
+                process_bytes=ground.process_bytes,
+                eager=ground.eager,
+                device=device,
+            )
+            yield Choice(budget, recompute, lines)
+
+
+def _full_row(looks: Looks, budget: int) -> int:
+    """Tokens of a row where memory is no matter: more than products need where long beginnings are shared by several examples."""
+    while looks.at(2 * budget).computed_tokens < _WORTH_LONGER_ROWS * looks.at(budget).computed_tokens:
+        budget *= 2
+    return budget
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Rows of the steps looked at."""
+
+    largest: Row
+    """Never smaller than the longest example."""
+    computed_tokens: int
+    separate_tokens: int
+
+    @property
+    def shared_ratio(self) -> float:
+        """Share of the examples' tokens that are not computed, because examples of a row begin alike."""
+        return 1 - self.computed_tokens / self.separate_tokens if self.separate_tokens else 0.0
+
+
+class Looks:
+    """What the run's first steps come to at a budget; each is laid out once."""
+
+    def __init__(self, store: TokenStore, order: Order, *, shared: bool) -> None:
+        self.store, self.order, self.shared = store, order, shared
+        self._seen: dict[int, Laid] = {}
+        steps = list(_step_tokens(store, order))
+        self.needed_tokens = sum(steps)
+        """Of all steps, without those that influence no loss."""
+        self._largest_step = max(steps)
+
+    def at(self, budget: int) -> Laid:
+        """The rows of at most so many tokens."""
+        if budget not in self._seen:
+            longest = self.store[int(self.store.lengths.argmax())]
+            tokens, predictions, computed, separate = needed_tokens(longest), longest.supervised_targets, 0, 0
+            for step in self.order.first_steps:
+                for row in self.step(step, budget):
+                    tokens, predictions = max(tokens, row.tokens), max(predictions, len(row.targets_S))
+                    computed, separate = computed + row.tokens, separate + row.separate_tokens
+            self._seen[budget] = Laid(Row(tokens, predictions, self._largest_step), computed, separate)
+        return self._seen[budget]
+
+    def step(self, step: int, budget: int) -> list[MicroBatch]:
+        """A step's rows."""
+        return micro_batches(self.store, self.order.step(step), budget, packed=True, shared=self.shared)
+
+    def typical_row(self, budget: int) -> MicroBatch:
+        """The middle one of the first step's."""
+        rows = sorted(self.step(1, budget), key=lambda row: row.tokens)
+        return rows[len(rows) // 2]
+
+
+def _step_tokens(store: TokenStore, order: Order) -> Iterator[int]:
+    """Tokens of each step's examples, without those that influence no loss."""
+    needed = np.asarray([needed_tokens(store[n]) for n in range(len(store))])
+    for step in range(1, order.steps + 1):
+        yield int(needed[order.step(step)].sum())
