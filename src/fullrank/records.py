@@ -481,6 +481,9 @@ class Proof(Record):
     changed_tensors: int
     never_reached_tensors: list[str]
     """Unchanged because their gradient was zero in every step (an expert never routed to): listed, not an error."""
+    unmoved_tensors: list[str]
+    """Unchanged although they had gradients, because weights of 16 bits rounded their updates away: listed, an error in 32
+    bits."""
     export_dtype: str
     export_keys_equal: bool
     """The export has the base model's tensor names and shapes."""

@@ -40,8 +40,8 @@ from fullrank.models.rows import RowModel
 from fullrank.models.widened import OUTSIDE, Unit
 from fullrank.optim.shelf import Shelf
 from fullrank.parallel.engine import StepOutcome
-from fullrank.parallel.single import SingleDevice
-from fullrank.recipe import Train
+from fullrank.parallel.single import SingleDevice, rounding
+from fullrank.recipe import Recipe, Train
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import add_gradients
 
@@ -81,6 +81,12 @@ class _Row:
     """What the last block gave, a leaf whose gradient the head fills."""
     grad_1TH: torch.Tensor | None = None
     """Gradient of what the block gave that the backward pass comes to next."""
+
+
+def is_blockwise(recipe: Recipe) -> bool:
+    """Whether a recipe's steps go block by block: gradients do not stay in memory, or weights of 16 bits are widened by
+    blocks."""
+    return recipe.gradients != "keep" or rounding(recipe.train.precision) != "none"
 
 
 class Blockwise(SingleDevice):

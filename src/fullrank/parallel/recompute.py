@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import (
@@ -23,6 +23,17 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 from transformers import PreTrainedModel
+
+Recompute = Literal["none", "selective", "block", "offload"]
+
+#: What may be recomputed on a device, the least first. Beneath the compiled attention of an accelerator, selective recomputation
+#: is unproven. Where steps go block by block (`fullrank.parallel.blockwise`), a block's input is all that is kept of it.
+LADDER: dict[str, tuple[Recompute, ...]] = {
+    "cpu": ("none", "selective", "block"),
+    "mps": ("none", "block"),
+    "cuda": ("none", "block", "offload"),
+}
+BLOCKWISE_LADDER: tuple[Recompute, ...] = ("block", "offload")
 
 _aten = torch.ops.aten
 #: Products, and attention as a CPU has it: elsewhere nothing is recomputed selectively (`fullrank.plan.stage`).

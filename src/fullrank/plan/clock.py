@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from fullrank.parallel import device as devices
+from fullrank.parallel.blockwise import is_blockwise
 from fullrank.plan import memory, speed
 from fullrank.plan.layouts import Choice, Ground
 from fullrank.plan.speed import Speed
@@ -36,7 +37,7 @@ class Clock:
     def seconds(self, recipe: Recipe, choice: Choice) -> tuple[float, str]:
         """(seconds, what they rest on); 0 where nothing could be measured."""
         ground, work = self._ground, self._work
-        how = "block" if memory.is_blockwise(recipe) else choice.recompute
+        how = "block" if is_blockwise(recipe) else choice.recompute
         key = f"{how} {recipe.train.precision} {recipe.train.optimizer}"
         if key not in self._measured:
             self._measured[key] = speed.measure(

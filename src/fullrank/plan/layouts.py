@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fullrank.models.resolved import ResolvedModel
+from fullrank.parallel.blockwise import is_blockwise
 from fullrank.parallel.groups import Shapes
+from fullrank.parallel.recompute import BLOCKWISE_LADDER, LADDER, Recompute
 from fullrank.plan import memory
-from fullrank.plan.memory import Recompute, Row
+from fullrank.plan.memory import Row
 from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, MachineFacts
 from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens
@@ -22,14 +24,6 @@ from fullrank.sequences.store import TokenStore
 _ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 #: Rows twice as long are worth it where they leave no more than this of the tokens to compute.
 _WORTH_LONGER_ROWS = 0.95
-#: What may be recomputed, the least first. Beneath the compiled attention of an accelerator, selective recomputation is unproven.
-_RECOMPUTATIONS: dict[str, tuple[Recompute, ...]] = {
-    "cpu": ("none", "selective", "block"),
-    "mps": ("none", "block"),
-    "cuda": ("none", "block", "offload"),
-}
-#: Where steps go block by block, a block's input is all that is kept of it.
-_BLOCKWISE: tuple[Recompute, ...] = ("block", "offload")
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
     budgets = [_full_row(ground.looks, max(longest, _ROW_TOKENS[device]))]
     while budgets[-1] > longest:
         budgets.append(max(longest, budgets[-1] // 2))
-    for recompute in _BLOCKWISE if memory.is_blockwise(recipe) else _RECOMPUTATIONS[device]:
+    for recompute in BLOCKWISE_LADDER if is_blockwise(recipe) else LADDER[device]:
         for budget in budgets:
             lines = memory.ledger(
                 ground.base.facts,

@@ -10,17 +10,16 @@ blocks keep about as much. It is an estimate, and the report sets it against the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from fullrank.optim.update import state_bytes
+from fullrank.parallel.blockwise import is_blockwise
 from fullrank.parallel.groups import Shapes
+from fullrank.parallel.recompute import Recompute
 from fullrank.parallel.single import rounding
 from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, ModelFacts
 from fullrank.sequences.head import chunk_size
 from fullrank.units import format_bytes
-
-Recompute = Literal["none", "selective", "block", "offload"]
 
 # Floats kept per token and block, as multiples of h, q, k and i.
 #: By `fullrank.models.ops`. Norms: input and output, twice: 4h. Attention: query and output: 2q; key and value: 2k. Gated MLP:
@@ -108,11 +107,6 @@ def ledger(
     if eager or device != "cpu":
         lines.append(LedgerLine(part="mask", bytes=row.tokens * row.tokens, formula="T x T x 1 B"))
     return lines
-
-
-def is_blockwise(recipe: Recipe) -> bool:
-    """Whether steps go through the model block by block (`fullrank.parallel.blockwise`)."""
-    return recipe.gradients != "keep" or _is_16_bits(recipe.train.precision)
 
 
 def goes_twice(recipe: Recipe) -> bool:

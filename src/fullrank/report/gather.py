@@ -405,6 +405,8 @@ def _training_rules(train: TrainCard) -> tuple[Rule, ...]:
     proof = train.proof
     reached = proof.trainable_tensors - len(proof.never_reached_tensors)
     never = f", {len(proof.never_reached_tensors)} never reached by a gradient" if proof.never_reached_tensors else ""
+    if proof.unmoved_tensors:
+        never += f", {len(proof.unmoved_tensors)} left where they were by rounding to 16 bits"
     export_holds = proof.export_logits_identical and proof.export_keys_equal and proof.ties_kept and proof.tokenizer_travels
     return (
         Rule(

@@ -187,7 +187,12 @@ def advice(found: Profile, plan: Plan, layout_note: str) -> list[str]:
 
     if layout_note:
         said.append(layout_note)
-    if plan.recompute != "none":
+    if plan.gradients == "release":
+        said.append(
+            f"gradients are released, and where they are clipped each block is differentiated twice: the backward pass is "
+            f"{ratio('backward'):.2f} of the step; machine.gradients=spill lets them wait in a file instead"
+        )
+    elif plan.recompute != "none" and plan.gradients == "keep":
         more = "the blocks' activations" if plan.recompute == "block" else "more activations"
         said.append(
             f"recomputation ({plan.recompute}) lengthens the backward pass, {ratio('backward'):.2f} of the step: with more "

@@ -29,20 +29,26 @@ def unchanged_tensors(tuned: PreTrainedModel, base: Path) -> list[str]:
     return [name for name, p in tuned.named_parameters() if p.requires_grad and held[name]]
 
 
-def check_changed(unchanged: Sequence[str], never_reached: set[str]) -> list[str]:
-    """The unchanged tensors that no step's gradient ever reached (an expert never routed to): listed, not an error.
+def check_changed(unchanged: Sequence[str], never_reached: set[str], *, rounded: bool) -> tuple[list[str], list[str]]:
+    """The unchanged tensors that no step's gradient ever reached (an expert never routed to), and those that rounding to 16 bits
+    left where they were, as it may with small tensors and few steps: listed, not errors.
+
+    Args:
+        unchanged: from `unchanged_tensors`.
+        never_reached: by any gradient.
+        rounded: whether weights are of 16 bits.
 
     Raises:
         ProofError: naming tensors that had gradients and still did not change.
     """
     stuck = [name for name in unchanged if name not in never_reached]
-    if stuck:
+    if stuck and not rounded:
         raise ProofError(
             f"{len(stuck)} trainable tensors are bitwise what they were before training although they had gradients: "
             + ", ".join(stuck[:5]),
             hint="their updates were too small for fp32; raise train.optimizer.learning_rate or the number of steps",
         )
-    return list(unchanged)
+    return [name for name in unchanged if name in never_reached], stuck
 
 
 def export_and_prove(
@@ -54,6 +60,7 @@ def export_and_prove(
     stop_ids: Sequence[int],
     probe_ids_1T: torch.Tensor,
     unreached: Sequence[str],
+    unmoved: Sequence[str],
     folder: Path,
 ) -> Proof:
     """Casts the model, writes it into an existing empty folder, and checks the folder against the model.
@@ -64,6 +71,7 @@ def export_and_prove(
         stop_ids: what the exported generation configuration stops at.
         probe_ids_1T: the row whose (last) logits are compared.
         unreached: from `check_changed`.
+        unmoved: likewise.
 
     Raises:
         ProofError: when the folder is not the model.
@@ -80,8 +88,9 @@ def export_and_prove(
     changed, stored = export.changed_tensors(folder, base.folder)
     proof = Proof(
         trainable_tensors=len(trainable),
-        changed_tensors=len(trainable) - len(unreached),
+        changed_tensors=len(trainable) - len(unreached) - len(unmoved),
         never_reached_tensors=list(unreached),
+        unmoved_tensors=list(unmoved),
         export_dtype=str(dtype).removeprefix("torch."),
         export_keys_equal=export.keys_equal(folder, base.folder, tied),
         export_logits_identical=torch.equal(expected, found),

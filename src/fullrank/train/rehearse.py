@@ -19,6 +19,7 @@ from fullrank.meter import Meter
 from fullrank.parallel import device as devices
 from fullrank.parallel.blockwise import Blockwise
 from fullrank.parallel.quiet import give_back
+from fullrank.parallel.recompute import BLOCKWISE_LADDER, LADDER, Recompute
 from fullrank.records import Plan, Rehearsal
 from fullrank.run import Run, read_record, write_record
 from fullrank.sequences.layout import MicroBatch
@@ -26,12 +27,6 @@ from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint
 from fullrank.train.setup import Setup
 from fullrank.units import format_bytes
-
-_MORE: dict[str, tuple[str, ...]] = {
-    "cpu": ("none", "selective", "block"),
-    "mps": ("none", "block"),
-    "cuda": ("none", "block", "offload"),
-}
 
 
 def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[Setup, Rehearsal]:
@@ -67,14 +62,14 @@ def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tup
     )
 
 
-def _layouts(plan: Plan, longest: int, *, blockwise: bool) -> Iterator[tuple[int, str]]:
+def _layouts(plan: Plan, longest: int, *, blockwise: bool) -> Iterator[tuple[int, Recompute]]:
     """(tokens of a row, recomputation): the plan's, then ever smaller ones."""
     budget = plan.micro_batch_tokens
     yield budget, plan.recompute
     while budget > longest:
         budget = max(longest, budget // 2)
         yield budget, plan.recompute
-    ladder = ("block", "offload") if blockwise else _MORE[plan.machine.device]
+    ladder = BLOCKWISE_LADDER if blockwise else LADDER[plan.machine.device]
     for recompute in ladder[ladder.index(plan.recompute) + 1 :]:
         yield budget, recompute
 

@@ -14,7 +14,7 @@ from fullrank.models.rows import RowModel
 from fullrank.models.widened import Widened
 from fullrank.optim.shelf import InHost, OnDisk, Shelf
 from fullrank.parallel import device as devices
-from fullrank.parallel.blockwise import Blockwise
+from fullrank.parallel.blockwise import Blockwise, is_blockwise
 from fullrank.parallel.groups import freeze
 from fullrank.parallel.single import SingleDevice, rounding
 from fullrank.recipe import Recipe
@@ -108,7 +108,7 @@ def engine_for(recipe: Recipe, rows: RowModel, recompute: str, waiting: Path) ->
     is_cuda = rows.model.device.type == "cuda"
     states = recipe.machine.optimizer_states
     shelf = None if states == "device" else elsewhere("states", on_disk=states == "disk")
-    if recipe.gradients == "keep" and rounding(recipe.train.precision) == "none":
+    if not is_blockwise(recipe):
         return SingleDevice(rows, recipe.train, recompute=recompute, states=shelf)
     return Blockwise(
         rows,

@@ -23,6 +23,7 @@ from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.parallel.single import rounding
 from fullrank.recipe import EarlyStopping, Recipe
 from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
 from fullrank.run import (
@@ -310,7 +311,10 @@ class _Training:
         self.run.show("exporting")
         never_reached = self.engine.never_reached()
         del self.engine  # the optimizer's memory
-        unreached = proof.check_changed(proof.unchanged_tensors(self.model, self.base.folder), never_reached)
+        unchanged = proof.unchanged_tensors(self.model, self.base.folder)
+        unreached, unmoved = proof.check_changed(
+            unchanged, never_reached, rounded=rounding(self.recipe.train.precision) != "none"
+        )
         with new_folder(self.run.model) as folder:
             checked = proof.export_and_prove(
                 self.model,
@@ -320,6 +324,7 @@ class _Training:
                 stop_ids=self.data.stop_ids,
                 probe_ids_1T=torch.from_numpy(self.validation_store[0].ids[:_PROBE_TOKENS].astype("int64"))[None],
                 unreached=unreached,
+                unmoved=unmoved,
                 folder=folder,
             )
             write_manifest(folder)

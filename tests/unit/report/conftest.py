@@ -102,6 +102,7 @@ def proof(**changes: Any) -> Proof:
         "trainable_tensors": 272,
         "changed_tensors": 272,
         "never_reached_tensors": [],
+        "unmoved_tensors": [],
         "export_dtype": "float32",
         "export_keys_equal": True,
         "export_logits_identical": True,

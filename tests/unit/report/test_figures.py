@@ -24,7 +24,7 @@ def drawn(make_run: MakeRun) -> list[figures.Figure]:
 
 
 def test_every_chart_is_there_in_both_forms(drawn: list[figures.Figure]) -> None:
-    assert [figure.name for figure in drawn] == ["scores", "loss", "learning_rate", "gradient_norm", "speed"]
+    assert [figure.name for figure in drawn] == ["scores", "loss", "learning_rate", "gradient_norm", "changed", "speed"]
     for figure in drawn:
         assert ElementTree.fromstring(figure.svg).tag == "{http://www.w3.org/2000/svg}svg"
         assert figure.png.startswith(b"\x89PNG\r\n")

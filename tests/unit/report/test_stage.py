@@ -23,7 +23,7 @@ def test_everything_is_written(make_run: MakeRun) -> None:
     (run.report / "figures" / "stale.png").write_bytes(b"old")
     path = stage(run)
     assert path == run.report / "index.html"
-    assert path.read_text(encoding="utf-8").count("<svg") == 5
+    assert path.read_text(encoding="utf-8").count("<svg") == 6
     assert sorted(file.name for file in (run.report / "figures").iterdir()) == [
         "gradient_norm.png",
         "learning_rate.png",
