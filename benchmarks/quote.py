@@ -110,7 +110,7 @@ process in GB ([results](../benchmarks/results/memory-time.json)); the norm of t
 After {proof["steps"]} steps of {proof["rows"]} rows, {proof["clipped_ratio"]:.2f} of them clipped, the weights are bitwise those of the plain step:
 {" and ".join(same) or "in no way"} ([results](../benchmarks/results/memory-exact.json)).
 
-The longest example that SmolLM2-135M was trained on in {longest["figures"]["most_bytes"] / 1e9:.0f} GB of process memory (ours were tried at multiples of the plain
+The longest example that SmolLM2-135M was trained on in {longest["figures"]["most_bytes"] / 1e9:.0f} GB of process memory (ours were tried at four times the plain
 trainer's only, [results](../benchmarks/results/memory-longest.json)):
 
 {reach}

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fullrank.models import pages
 from fullrank.models.blocks import blocks_of
 
 OUTSIDE: Final = "outside"
@@ -71,7 +72,7 @@ class Widened:
         self._stored[unit] = []
         for p in narrow:
             self._stored[unit].append((p, p.data))
-            p.data = p.data.float()
+            p.data = pages.zeros(p.shape, torch.float32, p.device).copy_(p.data)
 
     def close(self, unit: Unit) -> None:
         """Has the unit's parameters hold what is stored, the same memory as before; the copies are dropped."""

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from fullrank.errors import ModelError
+from fullrank.models import pages
 from fullrank.models.blocks import blocks_of
 from fullrank.models.load import drops
 from fullrank.models.rows import RowModel
@@ -147,6 +148,7 @@ class Blockwise(SingleDevice):
             with self._by_hand(), self.rows.ready(), self._intercepted():
                 outside: Gradients = {}
                 with self._wide(OUTSIDE):
+                    self._make_room_for_the_heads_gradient()
                     for batch in micro_batches:
                         if batch.supervised_tokens:
                             rows.append(row := _Row(len(rows)))
@@ -195,6 +197,13 @@ class Blockwise(SingleDevice):
         for unit, following in zip(units, [*units[1:], []], strict=True):
             shelf.fetch(following)
             yield {name: shelf.get(name) for name in unit}
+
+    def _make_room_for_the_heads_gradient(self) -> None:
+        """It is the largest there is, and lives through the step: not in the heap, among what comes and goes."""
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if weight is not None and weight.requires_grad and weight.dtype in (torch.float32, torch.float64):
+            weight.grad = pages.zeros(weight.shape, weight.dtype, weight.device)
 
     # ---- forward ------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ def test_everything_is_written(make_run: MakeRun) -> None:
     assert path == run.report / "index.html"
     assert path.read_text(encoding="utf-8").count("<svg") == 6
     assert sorted(file.name for file in (run.report / "figures").iterdir()) == [
+        "changed.png",
         "gradient_norm.png",
         "learning_rate.png",
         "loss.png",
