@@ -72,58 +72,66 @@ by comparing all pairs ([results](../benchmarks/results/data-planted.json)):
 """
 
 
-def memory() -> str:
-    """What a step needs of memory and time, by optimizer and place to wait."""
-    slopes, exact, times, longest = (_results(f"memory-{part}") for part in ("slopes", "exact", "time", "longest"))
-    bytes_ = "\n".join(
-        f"| {name} | {found['bytes_per_parameter']:.1f} |" for name, found in slopes["figures"].items() if isinstance(found, dict)
+def memory_slopes() -> str:
+    """Bytes a parameter, by optimizer and place to wait."""
+    results = _results("memory-slopes")
+    figures, machine = results["figures"], results["machine"]
+    rows = "\n".join(
+        f"| {name} | {found['bytes_per_parameter']:.1f} |" for name, found in figures.items() if isinstance(found, dict)
     )
-    figures = times["figures"]
-    seconds = "\n".join(
-        f"| {name} | {ratio:.2f} | {figures['peak_bytes'][name] / 1e9:.2f} |"
-        for name, ratio in figures["ratios_to_plain"].items()
-    )
-    proof = exact["figures"]
-    same = [name for name, digest in proof["digests"].items() if name != "plain" and digest == proof["digests"]["plain"]]
-    reach = "\n".join(
-        f"* {name}: {found['tokens']:,} tokens, {found['peak_bytes'] / 1e9:.1f} GB"
-        for name, found in longest["figures"].items()
-        if isinstance(found, dict)
-    )
-    machine = slopes["machine"]
     return f"""
-Bytes a parameter: the slope of the peak memory of the whole process over models of {" to ".join(map(str, _ends(slopes)))} blocks of
-SmolLM2's width on {machine["cores"]} cores ({machine["processor"]}); the embedding, {_embedding(slopes)} parameters in each of them, plays no part
-([results](../benchmarks/results/memory-slopes.json)):
+Bytes a parameter: the slope of the peak memory of the whole process over models of {figures["blocks"][0]} to {figures["blocks"][-1]} blocks of
+SmolLM2's width on {machine["cores"]} cores ({machine["processor"]}). The embedding, {figures["outside_parameters"]:,} parameters in each of
+them, plays no part ([results](../benchmarks/results/memory-slopes.json)):
 
 | way | bytes a parameter |
 |---|---|
-{bytes_}
-
-Time of a step of SmolLM2-135M, {figures["rows"]} rows of {figures["row_tokens"]} tokens, beside the plain step with recomputed blocks, and the peak of the
-process in GB ([results](../benchmarks/results/memory-time.json)); the norm of the gradient is due for clipping in the first two, by construction:
-
-| way | times the plain step | GB |
-|---|---|---|
-{seconds}
-
-After {proof["steps"]} steps of {proof["rows"]} rows, {proof["clipped_ratio"]:.2f} of them clipped, the weights are bitwise those of the plain step:
-{" and ".join(same) or "in no way"} ([results](../benchmarks/results/memory-exact.json)).
-
-The longest example that SmolLM2-135M was trained on in {longest["figures"]["most_bytes"] / 1e9:.0f} GB of process memory (ours were tried at four times the plain
-trainer's only, [results](../benchmarks/results/memory-longest.json)):
-
-{reach}
+{rows}
 """
 
 
-def _ends(slopes: dict[str, Any]) -> tuple[int, int]:
-    blocks = slopes["figures"]["blocks"]
-    return blocks[0], blocks[-1]
+def memory_exact() -> str:
+    """Whether released weights are the plain step's."""
+    figures = _results("memory-exact")["figures"]
+    digests = figures["digests"]
+    same = [name for name, digest in digests.items() if name != "plain" and digest == digests["plain"]]
+    return f"""
+After {figures["steps"]} steps of SmolLM2-135M with {figures["rows"]} rows each, a ratio of {figures["clipped_ratio"]:.2f} of them clipped, the weights
+are bitwise those of the plain step: {" and ".join(same) or "in no way"} ([results](../benchmarks/results/memory-exact.json)).
+"""
 
 
-def _embedding(slopes: dict[str, Any]) -> str:
-    return f"{slopes['figures']['outside_parameters']:,}"
+def memory_time() -> str:
+    """Time of a step beside the plain one's."""
+    figures = _results("memory-time")["figures"]
+    rows = "\n".join(
+        f"| {name} | {ratio:.2f} | {figures['peak_bytes'][name] / 1e9:.2f} |"
+        for name, ratio in figures["ratios_to_plain"].items()
+    )
+    return f"""
+Time of a step of SmolLM2-135M, {figures["rows"]} rows of {figures["row_tokens"]} tokens, beside the plain step with recomputed blocks, and the peak of the
+process ([results](../benchmarks/results/memory-time.json)):
+
+| way | times the plain step | GB |
+|---|---|---|
+{rows}
+"""
+
+
+def memory_longest() -> str:
+    """The longest example in a given memory."""
+    figures = _results("memory-longest")["figures"]
+    rows = "\n".join(
+        f"* {name}: {found['tokens']:,} tokens, {found['peak_bytes'] / 1e9:.1f} GB"
+        for name, found in figures.items()
+        if isinstance(found, dict)
+    )
+    return f"""
+The longest example that SmolLM2-135M was trained on in {figures["most_bytes"] / 1e9:.0f} GB of process memory; ours were tried at four times the
+plain trainer's only ([results](../benchmarks/results/memory-longest.json)):
+
+{rows}
+"""
 
 
 def data_speed() -> str:
@@ -273,7 +281,10 @@ def _results(name: str) -> dict[str, Any]:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
-    "memory": memory,
+    "memory-slopes": memory_slopes,
+    "memory-exact": memory_exact,
+    "memory-time": memory_time,
+    "memory-longest": memory_longest,
     "data-planted": data_planted,
     "data-speed": data_speed,
     "speed-line": speed_line,

@@ -348,6 +348,8 @@ class Plan(StageRecord):
     precision: Literal["fp32", "bf16-mixed", "bf16-stochastic", "bf16-kahan", "bf16-nearest"]
     gradients: Literal["keep", "release", "spill"]
     """Where they wait for the update: in memory; nowhere, one block's at a time is alive; on disk or in host memory."""
+    backward_passes: int
+    """Through every block in a step: two where released gradients are clipped, one for their norm and one for the update."""
     optimizer_states: Literal["device", "host", "disk"]
     examples: int
     steps: int
@@ -389,7 +391,7 @@ class Plan(StageRecord):
         place = "host memory" if self.machine.device == "cuda" else "a file"
         gradients = {
             "keep": "",
-            "release": "gradients released block by block",
+            "release": "gradients released block by block" + (", in two passes" if self.backward_passes == 2 else ""),
             "spill": f"gradients waiting in {place} for their norm",
         }[self.gradients]
         states = {"device": "", "host": "optimizer states in host memory", "disk": "optimizer states in a file"}[
@@ -586,6 +588,8 @@ class Rehearsal(Record):
 
     micro_batch_tokens: int
     recompute: Literal["none", "selective", "block", "offload"]
+    planned: str
+    """Fingerprint of what the plan wanted: under another plan the worst is tried anew."""
     peak_bytes: int
     """Measured while the worst rows were tried."""
     save_seconds: float

@@ -49,9 +49,15 @@ class Shelf(Protocol):
         """Gives memory and disk back; the shelf is of no use afterwards."""
 
 
+#: Room that a name is given when its tensor has outgrown the old one, beside the old one's.
+_GROWTH = 1.5
+
+
 @dataclass(frozen=True)
 class _Place:
     offset: int
+    room_bytes: int
+    """What belongs to the name, however small its tensor is now."""
     bytes: int
     dtype: torch.dtype
     shape: torch.Size
@@ -125,16 +131,17 @@ class OnDisk:
         """The tensor's place in the file: where its name had one that is large enough, or a new one at the end."""
         size = tensor.numel() * tensor.element_size()
         old = self._places.get(name)
-        if old and size <= old.bytes:
-            return _Place(old.offset, size, tensor.dtype, tensor.shape)
-        place = _Place(self._bytes, size, tensor.dtype, tensor.shape)
+        if old and size <= old.room_bytes:
+            return _Place(old.offset, old.room_bytes, size, tensor.dtype, tensor.shape)
+        room = max(size, int(_GROWTH * old.room_bytes)) if old else size  # one that grew once grows again
+        place = _Place(self._bytes, room, size, tensor.dtype, tensor.shape)
         try:
             if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), place.offset, size)
+                os.posix_fallocate(self._file.fileno(), place.offset, room)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot; then the write tells
                 raise self._error(error) from error
-        self._bytes += -(-size // 4096) * 4096  # pages of the disk belong to one tensor each
+        self._bytes += -(-room // 4096) * 4096  # pages of the disk belong to one tensor each
         return place
 
     def _write(self, place: _Place, tensor: Tensor) -> None:
@@ -184,6 +191,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 class _Kept:
     """A tensor in host memory; `ahead` is its copy on the device while one is on its way."""
 
+    room: Tensor
+    """Bytes that belong to the name, however small its tensor is now."""
     host: Tensor
     ahead: Tensor | None = None
     arrived: torch.cuda.Event | None = None
@@ -213,10 +222,11 @@ class InHost:
     def put(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.detach()
         kept = self._kept.get(name)
-        if kept is None or kept.host.shape != tensor.shape or kept.host.dtype != tensor.dtype:
+        if kept is None or kept.room.nbytes < tensor.nbytes:
             self._drop(name)
             kept = self._kept[name] = self._room(tensor)
         self._forget_ahead(kept)
+        kept.host = kept.room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         if self._stream is None or not tensor.is_cuda:
             if self._stream is not None:
                 self._stream.synchronize()  # copies that still read or write the place
@@ -274,18 +284,19 @@ class InHost:
 
     def _room(self, tensor: Tensor) -> _Kept:
         if not self._cuda:
-            return _Kept(torch.empty(tensor.shape, dtype=tensor.dtype))
+            room = torch.empty(tensor.nbytes, dtype=torch.uint8)
+            return _Kept(room, room)
         # torch's page-locked allocator rounds up to a power of two, which would double a large tensor: such are registered.
         large = tensor.nbytes >= 2**20
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not large)
+        room = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=not large)
         if large:
-            code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+            code = int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), room.nbytes, 0))
             if code:
                 raise FitError(
-                    f"host memory: {format_bytes(host.nbytes)} could not be page-locked (CUDA error {code})",
+                    f"host memory: {format_bytes(room.nbytes)} could not be page-locked (CUDA error {code})",
                     hint="free host memory or raise its limit (ulimit -l), or write machine.optimizer_states: disk",
                 )
-        return _Kept(host, registered=large)
+        return _Kept(room, room, registered=large)
 
     def _drop(self, name: str) -> None:
         kept = self._kept.pop(name, None)
@@ -295,4 +306,4 @@ class InHost:
         if kept.registered:
             assert self._stream is not None
             self._stream.synchronize()  # a copy may still be reading or writing it
-            torch.cuda.cudart().cudaHostUnregister(kept.host.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(kept.room.data_ptr())

@@ -138,9 +138,10 @@ class Updater:
         """
         names = list(gradients)
         self._fetch(names[:1])
-        for name, following in zip(names, [*names[1:], None], strict=True):
+        for number, name in enumerate(names):
+            following = names[number + 1 : number + 2]
             state = self._take(name)
-            self._fetch([following] if following else [])
+            self._fetch(following)
             step = self.updates.get(name, 0) + 1
             sample = _sample(self._parameters[name])
             before = sample.clone()

@@ -51,10 +51,6 @@ Gradients = dict[str, torch.Tensor]
 _KEEP = "use machine.gradients=keep, with weights of fp32"
 
 
-class _NotFinite(Exception):
-    """A gradient is not finite, and gradients are used as they come."""
-
-
 @dataclass
 class _Call:
     """How a block was called for a row."""
@@ -118,6 +114,7 @@ class Blockwise(SingleDevice):
         super().__init__(rows, train, recompute="none", states=states)
         self.recompute = "block" if inputs is None else "offload"
         self._gradients, self._spilled, self._inputs = gradients, spilled, inputs
+        self._shelves += [shelf for shelf in (spilled, inputs) if shelf is not None]
         blocks = blocks_of(self.model)
         if blocks is None:
             raise ModelError("this model's blocks are not a list, so its gradients cannot be released one by one", hint=_KEEP)
@@ -133,6 +130,12 @@ class Blockwise(SingleDevice):
         self._drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules()) or drops(
             self.model.config
         )
+
+    def compute_type(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast without its cache, which would keep a copy of every block's weights through a row."""
+        if self._precision == "bf16-mixed":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
+        return contextlib.nullcontext()
 
     # ---- the step -----------------------------------------------------------------------------------------------------
 
@@ -173,7 +176,7 @@ class Blockwise(SingleDevice):
                 if not all(bool(norms[name].isfinite()) for name in gradients):
                     return StepOutcome(loss, math.nan, updated=False)
                 self._update(gradients, learning_rate, seed)
-            elif self._spilled is not None:
+            elif self._spilled is not None and gradients is not outside:
                 for name, gradient in gradients.items():
                     self._spilled.put(name, gradient)
             elif not twice:
@@ -185,14 +188,14 @@ class Blockwise(SingleDevice):
         if twice:
             waiting = itertools.chain(self._through_blocks(rows, again=False), [outside])
         else:
-            waiting = [kept] if self._spilled is None else self._from_shelf(self._spilled, set(norms))
+            waiting = [kept] if self._spilled is None else itertools.chain(self._from_shelf(self._spilled, set(norms)), [outside])
         for gradients in waiting:
             self._update(gradients, learning_rate, seed, norm)
         return StepOutcome(loss, norm, updated=True, changed_ratio=self._changed_ratio())
 
     def _from_shelf(self, shelf: Shelf, found: set[str]) -> Iterator[Gradients]:
-        """The gradients as they went there, each unit read while the one before is used."""
-        units = [[name for name in unit if name in found] for unit in (*reversed(self._owned), self._outside)]
+        """The blocks' gradients as they went there, each block's read while the one before is used."""
+        units = [[name for name in unit if name in found] for unit in reversed(self._owned)]
         shelf.fetch(units[0])
         for unit, following in zip(units, [*units[1:], []], strict=True):
             shelf.fetch(following)
@@ -268,6 +271,7 @@ class Blockwise(SingleDevice):
                 if row.start_1TH is not None:
                     torch.autograd.backward(row.start_1TH, row.grad_1TH)
                     row.start_1TH = None
+                    self._fold(self._outside, outside)
             self.rows.settle()
             self._take(self._outside, outside)
         yield outside
@@ -280,6 +284,8 @@ class Blockwise(SingleDevice):
         """
         for row in rows:
             row.grad_1TH = row.top_1TH.grad if row.top_1TH is not None else None
+            if not again:
+                row.top_1TH = None
         trained = [level for level, own in enumerate(self._owned) if own]
         lowest = 0 if any(row.start_1TH is not None for row in rows) else trained[0] if trained else len(self._blocks)
         for level in reversed(range(lowest, len(self._blocks))):

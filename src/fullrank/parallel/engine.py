@@ -67,6 +67,9 @@ class Engine(Protocol):
     def forget(self) -> None:
         """Drops optimizer state, as if no step had been taken; the weights stay."""
 
+    def close(self) -> None:
+        """Gives back what waits elsewhere; the engine takes no more steps."""
+
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Whole weights in Hugging Face names, tied ones once: references, not copies."""
 

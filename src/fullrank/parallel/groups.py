@@ -61,15 +61,20 @@ def rates(model: PreTrainedModel, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay ** (after - level) for name, level in levels.items()}
 
 
+def _is_stack(p: torch.Tensor) -> bool:
+    return p.ndim == 3 and p.shape[1] > 1  # a convolution by channel has 1
+
+
 def _is_position(name: str) -> bool:
     return "wpe" in name or "position" in name
 
 
 def hidden_matrices(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the matrices of blocks: what Muon is meant for (Jordan et al. 2024: hidden layers, not embeddings or head)."""
+    """Names of the matrices of blocks, stacks of experts' among them: what Muon is meant for (Jordan et al. 2024: hidden layers,
+    not embeddings or head)."""
     blocks = blocks_of(model)
     inside = {id(p) for block in blocks or () for p in block.parameters()}
-    return frozenset(name for name, p in model.named_parameters() if id(p) in inside and p.ndim == 2)
+    return frozenset(name for name, p in model.named_parameters() if id(p) in inside and (p.ndim == 2 or _is_stack(p)))
 
 
 @dataclass(frozen=True)

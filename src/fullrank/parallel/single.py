@@ -47,6 +47,7 @@ class SingleDevice:
         self._max_grad_norm = train.clip_norm
         self._precision = train.precision
         self.recompute = recompute
+        self._shelves = [states] if states is not None else []
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._updater = Updater(
             self._named,
@@ -144,6 +145,10 @@ class SingleDevice:
     def forget(self) -> None:
         self._updater.load({}, {})
         self._reached = dict.fromkeys(self._named, False)
+
+    def close(self) -> None:
+        for shelf in self._shelves:
+            shelf.close()
 
     def never_reached(self) -> set[str]:
         return {name for name, reached in self._reached.items() if not reached}

@@ -32,7 +32,8 @@ class Clock:
     def __init__(self, config: PreTrainedConfig, ground: Ground, work: Work, run: Run) -> None:
         self._config, self._ground, self._work, self._run = config, ground, work, run
         self._measured: dict[str, Speed | None] = {}
-        self._disk: float | None = None
+        self._file_rate: float | None = None
+        self._host_rate: float | None = None
 
     def seconds(self, recipe: Recipe, choice: Choice) -> tuple[float, str]:
         """(seconds, what they rest on); 0 where nothing could be measured."""
@@ -46,6 +47,7 @@ class Clock:
                 ground.looks.typical_row(choice.budget_tokens),
                 device=devices.choose(ground.machine.device),
                 train=recipe.train,
+                trained_parameters=ground.shapes.trained_parameters,
                 recompute=how,
                 available_bytes=ground.machine.memory_available_bytes,
             )
@@ -59,13 +61,21 @@ class Clock:
         seconds = (
             computed * per_token + work.steps * measured.optimizer_step + work.validation_tokens * measured.forward_per_token
         )
-        moved = 2 * sum(memory.waiting_bytes(ground.shapes, recipe)) * work.steps
-        moved += (
-            8 * ground.base.facts.hidden_size * ground.base.facts.layers * int(computed) if choice.recompute == "offload" else 0
+        device, basis = ground.machine.device, measured.basis
+        waits = memory.elsewhere(
+            ground.base.facts,
+            ground.shapes,
+            recipe,
+            recompute=choice.recompute,
+            tokens=int(computed / work.steps),
+            device=device,
         )
-        basis = measured.basis
-        if moved and ground.machine.device == "cpu":
-            self._disk = self._disk or speed.file_bytes_per_second(self._run.root)
-            seconds += moved / self._disk
-            basis += f"; {format_bytes(self._disk)}/s to and from a file"
+        if waits.file:  # there and back, every step
+            self._file_rate = self._file_rate or speed.file_bytes_per_second(self._run.root)
+            seconds += 2 * waits.file * work.steps / self._file_rate
+            basis += f"; {format_bytes(self._file_rate)}/s to and from a file"
+        if waits.host:
+            self._host_rate = self._host_rate or speed.host_bytes_per_second(devices.choose(device))
+            seconds += 2 * waits.host * work.steps / self._host_rate
+            basis += f"; {format_bytes(self._host_rate)}/s to and from host memory"
         return seconds, basis

@@ -41,3 +41,8 @@ def look(machine: Machine, folder: Path) -> MachineFacts:
         memory_available_bytes=limit,
         disk_free_bytes=shutil.disk_usage(folder).free,
     )
+
+
+def host_memory_bytes() -> int:
+    """Of the memory beside an accelerator, what a plan may use."""
+    return int(USABLE_SHARE * devices.memory_bytes(torch.device("cpu"))[1])

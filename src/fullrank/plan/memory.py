@@ -114,10 +114,33 @@ def goes_twice(recipe: Recipe) -> bool:
     return recipe.gradients == "release" and recipe.train.clip_norm is not None
 
 
-def waiting_bytes(shapes: Shapes, recipe: Recipe) -> tuple[int, int]:
-    """Bytes of (gradients, optimizer states) that wait in a file, or in host memory beside an accelerator."""
-    spilled = 4 * shapes.trained_parameters if recipe.gradients == "spill" else 0
-    return spilled, 0 if recipe.machine.optimizer_states == "device" else states_bytes(shapes, recipe)
+@dataclass(frozen=True)
+class Elsewhere:
+    """Bytes that wait where they are not needed at once."""
+
+    file: int
+    host: int
+    """Page-locked memory beside an accelerator."""
+
+
+def elsewhere(model: ModelFacts, shapes: Shapes, recipe: Recipe, *, recompute: Recompute, tokens: int, device: str) -> Elsewhere:
+    """Gradients that are spilled, optimizer states that are not on the device, inputs of blocks that are offloaded.
+
+    Args:
+        tokens: whose blocks' inputs wait at once.
+    """
+    in_host = 4 * shapes.trained_parameters if recipe.gradients == "spill" else 0
+    if recompute == "offload":
+        in_host += 4 * model.layers * tokens * model.hidden_size
+    in_file = 0 if device == "cuda" else in_host
+    in_host -= in_file
+    states = states_bytes(shapes, recipe)
+    match recipe.machine.optimizer_states:
+        case "disk":
+            in_file += states
+        case "host":
+            in_host += states
+    return Elsewhere(in_file, in_host)
 
 
 def weight_bytes(recipe: Recipe) -> int:
@@ -184,8 +207,9 @@ def _activations(
     kept, b, tokens = _letters(_kept(tuned, selective=False)), f"{number} B", row.tokens
     block = block_activation_bytes(model, tokens, number, tuned=tuned)
     scores = 3 * number * model.heads * tokens * tokens if eager else 0  # scores, their softmax, and it in the compute type
-    inputs = number * model.hidden_size
     blockwise = is_blockwise(recipe)
+    wide = 4 if recipe.train.precision == "bf16-mixed" else number  # what passes between blocks: autocast leaves sums in fp32
+    inputs = wide * model.hidden_size
     match recompute:
         case "none":
             held = model.layers * (block + scores)
@@ -194,12 +218,13 @@ def _activations(
             lasting = block_activation_bytes(model, tokens, number, tuned=tuned, selective=True)
             held = model.layers * (lasting + scores) + block
             how = f"(L x T x ({_letters(_SELECTIVE)}) + T x ({kept})) x {b}"
-        case "block":  # block by block, the inputs of a whole step wait
-            held = model.layers * (row.step_tokens if blockwise else tokens) * inputs + block + scores
-            how = f"(L x {'S' if blockwise else 'T'} x h + T x ({kept})) x {b}"
+        case "block":  # block by block, the inputs of a whole step wait, and what the last block gave, twice its gradient
+            held = (model.layers + 3) * row.step_tokens * inputs if blockwise else model.layers * tokens * inputs
+            held += block + scores
+            how = f"{'(L + 3) x S' if blockwise else 'L x T'} x h x {wide} B + T x ({kept}) x {b}"
         case "offload":  # two blocks' inputs are here while they come and go
-            held = (row.step_tokens if blockwise else 0) * inputs + 2 * tokens * inputs + block + scores
-            how = f"({'S x h + ' if blockwise else ''}2 x T x h + T x ({kept})) x {b}"
+            held = (4 * row.step_tokens if blockwise else 0) * inputs + 2 * tokens * inputs + block + scores
+            how = f"({'4 x S x h + ' if blockwise else ''}2 x T x h) x {wide} B + T x ({kept}) x {b}"
     return LedgerLine(part="activations", bytes=held, formula=how + (f" + 3 x heads x T^2 x {b} of scores" if eager else ""))
 
 

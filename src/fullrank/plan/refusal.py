@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import yaml
 from pydantic import ValidationError
 
+from fullrank.parallel.blockwise import is_blockwise
 from fullrank.plan import memory
 from fullrank.plan.clock import Clock
 from fullrank.plan.layouts import Choice, Ground, choices
 from fullrank.recipe import Recipe
 from fullrank.units import format_bytes
+
+NoRoom = Callable[[Recipe, Choice], bool]
 
 #: Changes of a recipe that take less memory, the smallest first: those that leave the weights as they would be, then others.
 _SAME_WEIGHTS: tuple[tuple[str, ...], ...] = (
@@ -23,11 +27,16 @@ _SAME_WEIGHTS: tuple[tuple[str, ...], ...] = (
 _OTHER_STEPS: tuple[tuple[str, ...], ...] = (
     ("train.optimizer.moments=int8", "machine.gradients=release"),
     ("train.precision=bf16-stochastic", "train.optimizer.moments=int8", "machine.gradients=release"),
-    ("train.precision=bf16-stochastic", "train.optimizer.name=adalomo", "train.optimizer.learning_rate=5e-4"),
+    ("train.precision=bf16-stochastic", "train.optimizer={name: adalomo, learning_rate: 5e-4}"),
 )
 
 
-def memory_refusal(choice: Choice, recipe: Recipe, ground: Ground, clock: Clock) -> str:
+def memory_refusal(choice: Choice, recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> str:
+    """What does not fit, and what would; empty where the choice fits.
+
+    Args:
+        no_room: whether what a changed recipe has wait elsewhere finds no room there.
+    """
     machine = ground.machine
     if choice.peak_bytes <= machine.memory_available_bytes:
         return ""
@@ -37,29 +46,36 @@ def memory_refusal(choice: Choice, recipe: Recipe, ground: Ground, clock: Clock)
         f"with the smallest rows ({choice.budget_tokens} tokens) and recomputed blocks",
         memory.table(choice.ledger),
     ]
-    found = [*_changes(recipe, ground, clock), *_shorter(choice, ground)]
+    found = [*_changes(recipe, ground, clock, no_room), *([] if is_blockwise(recipe) else _shorter(choice, ground))]
     if found:
         lines += [f"the smallest change that fits: {found[0]}", *(f"or: {change}" for change in found[1:])]
     else:
         fixed = sum(line.bytes for line in choice.ledger if line.part not in _BY_ROW)
         lines.append(
-            f"nothing in the recipe makes it fit: weights, gradients and optimizer alone take {format_bytes(fixed)}; this model "
-            f"needs machine.memory_limit (or memory) of at least {format_bytes(choice.peak_bytes)}, or a smaller model.source is"
+            "no change of optimizer, precision or places to wait makes it fit: weights, gradients and optimizer alone take "
+            f"{format_bytes(fixed)}; this model needs machine.memory_limit (or memory) of at least "
+            f"{format_bytes(choice.peak_bytes)}, or take a smaller model.source"
         )
     return "\n".join(lines)
 
 
-def _changes(recipe: Recipe, ground: Ground, clock: Clock) -> Iterator[str]:
+def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> Iterator[str]:
     """Changes of the step that fit: bytes and time of each; one that changes what is learned only where none else fits."""
     plain, _ = clock.seconds(recipe, list(choices(ground, recipe))[-1])
     for same, candidates in ((True, _SAME_WEIGHTS), (False, _OTHER_STEPS)):
         fitting: list[tuple[str, ...]] = []
         for changes in candidates:
-            changed = _with(recipe, changes, ground.machine.device)
-            if changed is None or any(set(fewer) < set(changes) for fewer in fitting):
+            if ground.machine.device == "cuda":
+                changes = tuple(change.replace("states=disk", "states=host") for change in changes)
+            changed = _with(recipe, changes)
+            if (
+                changed is None
+                or (is_blockwise(changed) and not ground.shapes.block)
+                or any(set(fewer) < set(changes) for fewer in fitting)
+            ):
                 continue
             choice = next((c for c in choices(ground, changed) if c.peak_bytes <= ground.machine.memory_available_bytes), None)
-            if choice is None:
+            if choice is None or no_room(changed, choice):
                 continue
             seconds, _ = clock.seconds(changed, choice)
             time = f"about {seconds / plain:.2f} times the time" if seconds and plain else "time not estimated"
@@ -70,20 +86,18 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock) -> Iterator[str]:
             return
 
 
-def _with(recipe: Recipe, changes: Sequence[str], device: str) -> Recipe | None:
+def _with(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:
     """The recipe with some keys changed; None where that is no change, or no recipe."""
     tree = recipe.model_dump(mode="json")
     for change in changes:
         path, _, value = change.partition("=")
-        if path == "machine.optimizer_states" and device == "cuda":
-            value = "host"
         *sections, key = path.split(".")
         section = tree
         for name in sections:
             section = section[name]
-        if path == "train.optimizer.name":
-            section.clear()
-        section[key] = value
+        section[key] = yaml.safe_load(value)
+    if tree["train"]["optimizer"]["name"] != recipe.train.optimizer.name:  # what `auto` came to for the other rule
+        tree["machine"]["gradients"] = tree["train"]["max_grad_norm"] = "auto"
     try:
         changed = Recipe.model_validate(tree)
     except ValidationError:

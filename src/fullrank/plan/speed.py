@@ -54,6 +54,7 @@ def measure(
     *,
     device: torch.device,
     train: Train,
+    trained_parameters: int,
     recompute: str,
     available_bytes: int,
 ) -> Speed | None:
@@ -73,7 +74,7 @@ def measure(
     return Speed(
         forward_per_token=whole(one[0], two[0]),
         forward_backward_per_token=whole(one[1], two[1]),
-        optimizer_step=_time_optimizer(device, train) * model.parameters / _OPTIMIZER_SLICE,
+        optimizer_step=_time_optimizer(device, train) * trained_parameters / _OPTIMIZER_SLICE,
         basis=f"one and two blocks of this model, timed on a row of {tokens} tokens, extended to {model.layers}",
     )
 
@@ -87,8 +88,10 @@ def _time_blocks(
     text.num_hidden_layers = blocks
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:blocks]
+    native = rounding(precision) != "none" and device.type == "cuda"  # elsewhere weights of 16 bits are widened to compute
+    dtype = torch.bfloat16 if native else torch.float32
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention_for(small))
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=attention_for(small))
     model.train()
     rows, row = RowModel(model, adds_gradients=True), row.to(device)
     recompute_blocks(model, recompute)
@@ -128,6 +131,12 @@ def file_bytes_per_second(folder: Path) -> float:
         while file.read(len(piece)):
             pass
         return 2 * _PIECES * len(piece) / (time.perf_counter() - started)
+
+
+def host_bytes_per_second(device: torch.device) -> float:
+    """Bytes that go from page-locked host memory to an accelerator in a second."""
+    host = torch.empty(_PIECES << 20, dtype=torch.uint8, pin_memory=True)
+    return host.nbytes / _fastest(lambda: host.to(device, non_blocking=True), device)
 
 
 def _fastest(work: Callable[[], object], device: torch.device, times: int = 2) -> float:

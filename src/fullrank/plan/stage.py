@@ -17,7 +17,7 @@ from fullrank.parallel.groups import shapes_of
 from fullrank.plan import memory
 from fullrank.plan.clock import Clock, Work
 from fullrank.plan.layouts import Choice, Ground, Looks, choices
-from fullrank.plan.machine import look
+from fullrank.plan.machine import host_memory_bytes, look
 from fullrank.plan.refusal import memory_refusal
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, MachineFacts, Plan
@@ -102,7 +102,12 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
     work = Work(order.steps, looks.needed_tokens, validations * int(validation.lengths.sum()))
     clock = Clock(config, ground, work, run)
     disk_bytes = _disk_bytes(recipe, base, ground, choice)
-    refusal = "\n".join(filter(None, (memory_refusal(choice, recipe, ground, clock), _disk_refusal(disk_bytes, machine, run))))
+    problems = (
+        memory_refusal(choice, recipe, ground, clock, lambda changed, way: _no_room(changed, base, ground, way)),
+        _host_refusal(recipe, ground, choice),
+        _disk_refusal(disk_bytes, machine, run),
+    )
+    refusal = "\n".join(filter(None, problems))
     seconds, basis = (0.0, "not estimated: it does not fit") if refusal else clock.seconds(recipe, choice)
     return Plan(
         fingerprint=current,
@@ -113,6 +118,7 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
         trained_parameters=ground.shapes.trained_parameters,
         precision=recipe.train.precision,  # `auto` is resolved by now
         gradients=recipe.gradients,
+        backward_passes=2 if memory.goes_twice(recipe) else 1,
         optimizer_states=recipe.machine.optimizer_states,
         examples=len(store),
         steps=order.steps,
@@ -139,12 +145,27 @@ def _disk_bytes(recipe: Recipe, base: ResolvedModel, ground: Ground, choice: Cho
     stored = {"float32": 4}.get(base.facts.dtype, 2) if recipe.export.dtype == "base" else DTYPES[recipe.export.dtype].itemsize
     states = memory.states_bytes(ground.shapes, recipe)
     needed = n * (2 * weight + 3 * weight + stored) + 2 * states
-    if ground.machine.device == "cpu" or recipe.machine.optimizer_states == "disk":
-        needed += sum(memory.waiting_bytes(ground.shapes, recipe))
-    if choice.recompute == "offload" and ground.machine.device == "cpu":
-        facts = base.facts
-        needed += 4 * facts.hidden_size * facts.layers * ground.looks.at(choice.budget_tokens).largest.step_tokens
-    return needed
+    return needed + _elsewhere(recipe, ground, choice).file
+
+
+def _elsewhere(recipe: Recipe, ground: Ground, choice: Choice) -> memory.Elsewhere:
+    tokens = ground.looks.at(choice.budget_tokens).largest.step_tokens
+    device = ground.machine.device
+    return memory.elsewhere(ground.base.facts, ground.shapes, recipe, recompute=choice.recompute, tokens=tokens, device=device)
+
+
+def _no_room(recipe: Recipe, base: ResolvedModel, ground: Ground, choice: Choice) -> bool:
+    """Whether what waits in files or in host memory finds no room there."""
+    too_large_a_file = _disk_bytes(recipe, base, ground, choice) > ground.machine.disk_free_bytes
+    return too_large_a_file or bool(_host_refusal(recipe, ground, choice))
+
+
+def _host_refusal(recipe: Recipe, ground: Ground, choice: Choice) -> str:
+    needed = _elsewhere(recipe, ground, choice).host
+    free = host_memory_bytes() if needed else 0
+    if needed <= free:
+        return ""
+    return f"does not fit into host memory: {format_bytes(needed)} wait there, {format_bytes(free)} are free"
 
 
 def _disk_refusal(needed: int, machine: MachineFacts, run: Run) -> str:

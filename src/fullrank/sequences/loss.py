@@ -76,6 +76,7 @@ def add_gradients(model: Predictor, batch: MicroBatch, supervised_tokens_of_step
         return loss.detach()
     with watch("head"):
         loss, grad_SH = head.add_gradients(own_head, found, batch.targets_S, batch.times_S / supervised_tokens_of_step)
-    with watch("backward"):
-        found.backward(grad_SH)
+    if found.requires_grad:  # not where the head alone is trained
+        with watch("backward"):
+            found.backward(grad_SH)
     return loss

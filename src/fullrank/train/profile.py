@@ -152,8 +152,11 @@ def _measured_memory(setup: Setup, row: MicroBatch, plan: Plan) -> dict[str, int
     parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
     weights = sum(p.untyped_storage().nbytes() for p in parameters.values())
     state = setup.engine.state()
-    moments = (tensor for kind, tensors in state.tensors.items() if kind != "weights" for tensor in tensors.values())
-    found = {"weights": weights, "optimizer": sum(tensor.nbytes for tensor in moments)}
+    kinds = state.tensors.items() if plan.optimizer_states == "device" else ()  # elsewhere it is not this memory
+    moments = (tensor for kind, tensors in kinds if kind != "weights" for tensor in tensors.values())
+    found = {"weights": weights}
+    if plan.optimizer_states == "device":
+        found["optimizer"] = sum(tensor.nbytes for tensor in moments)
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -187,9 +190,9 @@ def advice(found: Profile, plan: Plan, layout_note: str) -> list[str]:
 
     if layout_note:
         said.append(layout_note)
-    if plan.gradients == "release":
+    if plan.gradients == "release" and plan.backward_passes == 2:
         said.append(
-            f"gradients are released, and where they are clipped each block is differentiated twice: the backward pass is "
+            f"gradients are released and clipped, so each block is differentiated twice: the backward pass is "
             f"{ratio('backward'):.2f} of the step; machine.gradients=spill lets them wait in a file instead"
         )
     elif plan.recompute != "none" and plan.gradients == "keep":

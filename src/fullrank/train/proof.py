@@ -29,7 +29,9 @@ def unchanged_tensors(tuned: PreTrainedModel, base: Path) -> list[str]:
     return [name for name, p in tuned.named_parameters() if p.requires_grad and held[name]]
 
 
-def check_changed(unchanged: Sequence[str], never_reached: set[str], *, rounded: bool) -> tuple[list[str], list[str]]:
+def check_changed(
+    unchanged: Sequence[str], never_reached: set[str], *, rounded: bool, trained: int
+) -> tuple[list[str], list[str]]:
     """The unchanged tensors that no step's gradient ever reached (an expert never routed to), and those that rounding to 16 bits
     left where they were, as it may with small tensors and few steps: listed, not errors.
 
@@ -37,16 +39,18 @@ def check_changed(unchanged: Sequence[str], never_reached: set[str], *, rounded:
         unchanged: from `unchanged_tensors`.
         never_reached: by any gradient.
         rounded: whether weights are of 16 bits.
+        trained: number of trainable tensors.
 
     Raises:
-        ProofError: naming tensors that had gradients and still did not change.
+        ProofError: naming tensors that had gradients and still did not change; with weights of 16 bits only where none did.
     """
     stuck = [name for name in unchanged if name not in never_reached]
-    if stuck and not rounded:
+    if stuck and (not rounded or len(unchanged) == trained):
         raise ProofError(
             f"{len(stuck)} trainable tensors are bitwise what they were before training although they had gradients: "
             + ", ".join(stuck[:5]),
-            hint="their updates were too small for fp32; raise train.optimizer.learning_rate or the number of steps",
+            hint=f"their updates were too small for {'16 bits' if rounded else 'fp32'}; raise train.optimizer.learning_rate or "
+            "the number of steps",
         )
     return [name for name in unchanged if name in never_reached], stuck
 

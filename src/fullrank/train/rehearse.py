@@ -1,9 +1,10 @@
 """The worst batch, tried before step 1: what a run will need at its worst is asked of the machine in its first minute.
 
-The largest row (where steps go block by block: the largest step) is computed forward and backward and updated with a learning
-rate of nothing; the longest validation example is computed; a checkpoint is written and removed. What does not fit is laid out
-anew, rows smaller first, then with more recomputation: the mathematics of a step never changes. What came of it is
-`train/layout.json`, which a continued run computes by again.
+A small row is taken first, so that the optimizer has its states, as from the second step on; then it and the largest row (where
+steps go block by block: the largest step and the longest example), forward, backward and updated with a learning rate of nothing;
+the longest validation example is computed; a checkpoint is written and removed. What does not fit is laid out anew, rows smaller
+first, then with more recomputation: the mathematics of a step never changes. What came of it is `train/layout.json`, which a
+continued run computes by again as long as the plan is the same.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from collections.abc import Iterator
 
 import torch
 
-from fullrank.errors import FitError
+from fullrank.errors import FitError, TrainingError
 from fullrank.meter import Meter
 from fullrank.parallel import device as devices
 from fullrank.parallel.blockwise import Blockwise
+from fullrank.parallel.engine import StepOutcome
 from fullrank.parallel.quiet import give_back
 from fullrank.parallel.recompute import BLOCKWISE_LADDER, LADDER, Recompute
 from fullrank.records import Plan, Rehearsal
-from fullrank.run import Run, read_record, write_record
+from fullrank.run import Run, fingerprint, read_record, write_record
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint
+from fullrank.train.guard import out_of_memory
 from fullrank.train.setup import Setup
 from fullrank.units import format_bytes
+
+_NAMED = 10
 
 
 def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[Setup, Rehearsal]:
@@ -37,7 +42,11 @@ def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tup
     """
     path = run.train / "layout.json"
     before = read_record(path, Rehearsal)
-    if before is not None:
+    planned = fingerprint(
+        [plan.micro_batch_tokens, plan.recompute, plan.gradients, plan.optimizer_states],
+        [plan.peak_bytes_predicted, plan.machine.memory_available_bytes],
+    )
+    if before is not None and before.planned == planned:
         changed = (before.micro_batch_tokens, before.recompute) != (plan.micro_batch_tokens, plan.recompute)
         return setup.amended(before.micro_batch_tokens, before.recompute) if changed else setup, before
     run.show("rehearsing")
@@ -50,7 +59,12 @@ def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tup
         problem, peak, seconds = _tried(setup, run, plan, validation)
         if problem is None:
             found = Rehearsal(
-                micro_batch_tokens=budget, recompute=recompute, peak_bytes=peak, save_seconds=seconds, amendments=amendments
+                micro_batch_tokens=budget,
+                recompute=recompute,
+                planned=planned,
+                peak_bytes=peak,
+                save_seconds=seconds,
+                amendments=amendments,
             )
             write_record(path, found)
             run.tell("rehearsed", peak_bytes=peak, planned_bytes=plan.peak_bytes_predicted, amendments=amendments)
@@ -58,7 +72,7 @@ def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tup
         amendments.append(f"rows of {budget} tokens, recomputation {recompute}: {problem}")
     raise FitError(
         "the worst batch does not fit, however it is laid out:\n" + "\n".join(f"  {words}" for words in amendments),
-        hint="set machine.memory_limit to what is really there, and `fullrank plan` names the changes of the recipe that fit",
+        hint=f"set machine.memory_limit to what is really there and delete {run.plan_path}: `fullrank plan` names what fits then",
     )
 
 
@@ -76,21 +90,22 @@ def _layouts(plan: Plan, longest: int, *, blockwise: bool) -> Iterator[tuple[int
 
 def _tried(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[str | None, int, float]:
     """(what went wrong, peak bytes, seconds of a save)."""
-    rows = _worst(setup)
+    small, worst = _small_and_worst(setup)
     trial = run.train / "rehearsal"
     seconds = 0.0
     with Meter() as meter:
         devices.reset_peak(setup.device)
         try:
-            outcome = setup.engine.step(rows, sum(row.supervised_tokens for row in rows), learning_rate=0.0, seed=0)
-            longest = setup.layout.rows(validation, validation.lengths.argsort()[-1:])
-            list(setup.engine.losses(longest))
-            if outcome.updated:
-                started = time.monotonic()
-                checkpoint.save(trial, 0, setup.engine.state(), {})
-                seconds = time.monotonic() - started
+            for rows in ([small], worst):
+                outcome = setup.engine.step(rows, sum(row.supervised_tokens for row in rows), learning_rate=0.0, seed=0)
+                if not outcome.updated:
+                    raise _not_finite(setup, rows, outcome)
+            list(setup.engine.losses(setup.layout.rows(validation, validation.lengths.argsort()[-1:])))
+            started = time.monotonic()
+            checkpoint.save(trial, 0, setup.engine.state(), {})
+            seconds = time.monotonic() - started
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
+            if not out_of_memory(error):
                 raise
             return "out of memory", meter.peak_bytes, seconds
         finally:
@@ -101,10 +116,24 @@ def _tried(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[
     return (f"{format_bytes(peak)} needed, {format_bytes(limit)} available" if peak > limit else None), peak, seconds
 
 
-def _worst(setup: Setup) -> list[MicroBatch]:
-    """The rows that take most, of the steps that the plan looked at."""
-    steps = [setup.layout.rows(setup.store, setup.order.step(step)) for step in setup.order.first_steps]
-    if isinstance(setup.engine, Blockwise):
-        return max(steps, key=lambda rows: sum(row.tokens for row in rows))
-    longest = setup.layout.rows(setup.store, setup.store.lengths.argsort()[-1:])
-    return [max((row for rows in [*steps, longest] for row in rows if row.supervised_tokens), key=lambda row: row.tokens)]
+def _small_and_worst(setup: Setup) -> tuple[MicroBatch, list[MicroBatch]]:
+    """The smallest row, and the rows that take most: of the steps that the plan looked at, but for the largest step, which is of
+    all."""
+    store, order = setup.store, setup.order
+    longest = setup.layout.rows(store, store.lengths.argsort()[-1:])
+    looked_at = [row for step in order.first_steps for row in setup.layout.rows(store, order.step(step))] + longest
+    with_loss = sorted((row for row in looked_at if row.supervised_tokens), key=lambda row: row.tokens)
+    if not isinstance(setup.engine, Blockwise):
+        return with_loss[0], [with_loss[0], with_loss[-1]]  # of two rows, so that the last one meets a gradient
+    largest = max(range(1, order.steps + 1), key=lambda step: int(store.lengths[order.step(step)].sum()))
+    return with_loss[0], [*setup.layout.rows(store, order.step(largest)), *(row for row in longest if row.supervised_tokens)]
+
+
+def _not_finite(setup: Setup, rows: list[MicroBatch], outcome: StepOutcome) -> TrainingError:
+    examples = dict.fromkeys(setup.store.origin(example) for row in rows for example in row.examples)
+    return TrainingError(
+        f"the base model's loss on the largest batch is {outcome.loss}, its gradient's norm {outcome.grad_norm}: not finite\n"
+        f"its examples: {', '.join(list(examples)[:_NAMED])}"
+        + (f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""),
+        hint="look at these records, and whether the base model answers them at all",
+    )

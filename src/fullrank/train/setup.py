@@ -45,6 +45,7 @@ class Setup:
 
     def amended(self, budget_tokens: int, recompute: str) -> Setup:
         """The same with other rows, or another recomputation; the engine is as new."""
+        self.engine.close()
         engine = engine_for(self.recipe, self.rows, recompute, self.waiting)
         return replace(self, layout=replace(self.layout, budget_tokens=budget_tokens), engine=engine)
 

@@ -41,7 +41,7 @@ from fullrank.run import (
 )
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint, proof
-from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation
+from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation, out_of_memory
 from fullrank.train.loop import Step, steps, validation_loss
 from fullrank.train.rehearse import rehearsed
 from fullrank.train.setup import set_up
@@ -71,15 +71,16 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
         _refuse_damaged_export(run)
         run.tell("reused", stage="train", what=f"the model trained before ({card.steps} steps)")
         return card
-    _begin(run, inputs)
+    _refuse_other_inputs(run, inputs)
     run.tell("started", stage="train")
     with Meter() as meter:
         try:
             with quiet():
                 training = _Training(recipe, run, base, data, plan, meter)
+                _begin(run, inputs)
                 training.fit()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
+            if not out_of_memory(error):
                 raise
             raise FitError(
                 f"out of memory, although {format_bytes(plan.peak_bytes_predicted)} were "
@@ -114,20 +115,24 @@ def _refuse_damaged_export(run: Run) -> None:
         )
 
 
-def _begin(run: Run, inputs: dict[str, Any]) -> None:
-    """Notes what is trained on; training begun with one recipe is never continued with another.
-
-    What an earlier model of this folder scored says nothing of the new one, so it goes.
-    """
-    path = run.train / "inputs.json"
-    begun = read_json_lines(path)
+def _refuse_other_inputs(run: Run, inputs: dict[str, Any]) -> None:
+    """Training begun with one recipe is never continued with another."""
+    begun = read_json_lines(run.train / "inputs.json")
     if begun and begun[0] != inputs:
         changed = "\n".join(differences(begun[0], inputs))
         raise UsageError(
             f"{run.root}: its training was begun with other inputs:\n{changed}",
             hint=f"give this recipe another `name`, or delete {run.train} and {run.model} to train anew",
         )
-    if not begun:
+
+
+def _begin(run: Run, inputs: dict[str, Any]) -> None:
+    """Notes what is trained on, once its worst has been seen to fit: until then another recipe may be tried.
+
+    What an earlier model of this folder scored says nothing of the new one, so it goes.
+    """
+    path = run.train / "inputs.json"
+    if not path.is_file():
         for stale in (run.evaluate, run.report):
             shutil.rmtree(stale, ignore_errors=True)
         write_text(path, _json_line(inputs))
@@ -310,10 +315,14 @@ class _Training:
         """Writes `model/` once everything about it has been checked."""
         self.run.show("exporting")
         never_reached = self.engine.never_reached()
+        self.engine.close()
         del self.engine  # the optimizer's memory
         unchanged = proof.unchanged_tensors(self.model, self.base.folder)
         unreached, unmoved = proof.check_changed(
-            unchanged, never_reached, rounded=rounding(self.recipe.train.precision) != "none"
+            unchanged,
+            never_reached,
+            rounded=rounding(self.recipe.train.precision) != "none",
+            trained=sum(p.requires_grad for p in self.model.parameters()),
         )
         with new_folder(self.run.model) as folder:
             checked = proof.export_and_prove(

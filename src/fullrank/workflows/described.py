@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fullrank.errors import FullrankError
+from fullrank.errors import FullrankError, UsageError
 from fullrank.models.resolved import ResolvedModel
 from fullrank.recipe import Recipe
 from fullrank.sequences.chat import ChatFormat
@@ -44,6 +44,11 @@ def describe(recipe: Recipe, tell: Callable[[str], None]) -> Described:
     from fullrank.parallel import device as devices
 
     device = devices.choose(recipe.machine.device)
+    if recipe.machine.optimizer_states == "host" and device.type != "cuda":
+        raise UsageError(
+            f"machine.optimizer_states: host is memory beside a CUDA device, and the device here is {device.type}",
+            hint="use machine.optimizer_states=disk",
+        )
     precision, why = devices.resolve_precision(recipe.train.precision, device)
     if why:
         tell(why)

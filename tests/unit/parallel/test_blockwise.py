@@ -102,16 +102,26 @@ def test_inputs_and_states_in_files_change_nothing(store: TokenStore, tmp_path: 
     assert_bitwise(one, other)
 
 
+#: Parts of names: what is below all that is trained, what is between, all that is outside the blocks.
+FROZEN = [("layers.0.", "embed"), ("layers.1.",), ("embed", "norm.weight", "lm_head"), ("layers.",)]
+
+
+@pytest.mark.parametrize("gradients", ["release", "spill", "keep"])
+@pytest.mark.parametrize("limit", [0.1, None])
+@pytest.mark.parametrize("parts", FROZEN)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_frozen_part_is_not_reached(tied: bool, store: TokenStore, tmp_path: Path) -> None:
+def test_a_frozen_part_is_not_reached(
+    tied: bool, parts: tuple[str, ...], limit: float | None, gradients: str, store: TokenStore, tmp_path: Path
+) -> None:
     def frozen() -> Any:
-        model = tiny.model("llama", tie_word_embeddings=tied)
+        model = tiny.model("llama", tie_word_embeddings=tied, num_hidden_layers=3)
         for name, p in model.named_parameters():
-            p.requires_grad_("layers.0." not in name and "embed" not in name)
+            p.requires_grad_(not any(part in name for part in parts))
         return model
 
     base = {name: p.clone() for name, p in frozen().named_parameters()}
-    one, other = plain(model=frozen()), blockwise(model=frozen(), folder=tmp_path)
+    one = plain(model=frozen(), max_grad_norm=limit)
+    other = blockwise(model=frozen(), gradients=gradients, folder=tmp_path, max_grad_norm=limit)
     assert run(one, store) == run(other, store)
     assert_bitwise(one, other)
     for name, p in other.model.named_parameters():
@@ -221,6 +231,26 @@ def test_shared_blocks_are_refused(tmp_path: Path) -> None:
     model.model.layers[1].mlp = model.model.layers[0].mlp
     with pytest.raises(ModelError, match="share weights"):
         blockwise(model=model, folder=tmp_path)
+
+
+def test_native_weights_of_16_bits_sum_gradients_in_32(store: TokenStore, tmp_path: Path) -> None:
+    """As on a device that multiplies bf16: nothing is widened. Rows are summed in fp32, so many rows are near one."""
+    train = settings(precision="bf16-stochastic", max_grad_norm=None)
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    for budget in (1, 10_000):
+        engine = Blockwise(RowModel(tiny.model("llama").to(torch.bfloat16), adds_gradients=True), train, gradients="release")
+        found = seen.setdefault(budget, {})
+
+        def note(gradients: Any, found: dict[str, torch.Tensor] = found, **_: Any) -> None:
+            found.update({name: gradient.clone() for name, gradient in gradients.items()})
+
+        engine._updater.update = note  # type: ignore[method-assign]
+        rows = rows_of(store, 0, budget)
+        assert engine.step(rows, sum(row.supervised_tokens for row in rows), learning_rate=1e-3, seed=0).updated
+    assert all(gradient.dtype == torch.float32 for gradient in seen[1].values())
+    for name, gradient in seen[1].items():
+        # Products in bf16 keep 8 bits; the sum over rows adds nothing to that.
+        assert float((gradient - seen[10_000][name]).norm()) < 0.02 * float(gradient.norm()), name
 
 
 def test_host_memory_serves_as_a_file_does(store: TokenStore, tmp_path: Path) -> None:

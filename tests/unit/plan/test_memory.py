@@ -120,7 +120,7 @@ def test_eager_attention_keeps_its_scores() -> None:
 def test_block_by_block_one_gradient_is_alive_and_the_steps_inputs_wait(gradients: str) -> None:
     found = parts(machine={"gradients": gradients}, recompute="block")
     assert found["gradients"] == 4 * (300 + 400)
-    assert found["activations"] == 2 * 30 * 8 * 4 + 4160  # of the whole step, not of one row
+    assert found["activations"] == (2 + 3) * 30 * 8 * 4 + 4160  # of the whole step, not of one row
 
 
 def test_weights_of_16_bits_are_widened_on_a_cpu() -> None:

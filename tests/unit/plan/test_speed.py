@@ -32,6 +32,7 @@ def measured(base: ResolvedModel, row: MicroBatch, available_bytes: int = 10**12
         row,
         device=CPU,
         train=Train(precision="fp32"),
+        trained_parameters=base.facts.parameters,
         recompute="none",
         available_bytes=available_bytes,
     )

@@ -210,6 +210,7 @@ def plan_record() -> Plan:
         trained_parameters=134_515_008,
         precision="fp32",
         gradients="keep",
+        backward_passes=1,
         optimizer_states="device",
         examples=360,
         steps=STEPS,

@@ -71,12 +71,18 @@ def test_where_names_do_not_tell_the_base_is_loaded(base: ResolvedModel, monkeyp
 
 
 def test_only_what_no_gradient_reached_may_stay() -> None:
-    assert check_changed([], {"a"}, rounded=False) == ([], [])
-    assert check_changed(["experts.3"], {"experts.3", "experts.4"}, rounded=False) == (["experts.3"], [])
-    assert check_changed(["experts.3", "norm"], {"experts.3"}, rounded=True) == (["experts.3"], ["norm"])
+    assert check_changed([], {"a"}, rounded=False, trained=3) == ([], [])
+    assert check_changed(["experts.3"], {"experts.3", "experts.4"}, rounded=False, trained=3) == (["experts.3"], [])
+    assert check_changed(["experts.3", "norm"], {"experts.3"}, rounded=True, trained=3) == (["experts.3"], ["norm"])
     with pytest.raises(ProofError, match=r"1 trainable tensors .*although they had gradients: norm") as caught:
-        check_changed(["experts.3", "norm"], {"experts.3"}, rounded=False)
+        check_changed(["experts.3", "norm"], {"experts.3"}, rounded=False, trained=3)
     assert "learning_rate" in caught.value.hint and caught.value.exit_code == 1
+
+
+def test_weights_of_16_bits_may_leave_some_tensors_but_not_all() -> None:
+    with pytest.raises(ProofError, match="although they had gradients") as caught:
+        check_changed(["a", "b"], set(), rounded=True, trained=2)
+    assert "too small for 16 bits" in caught.value.hint
 
 
 def prove(base: ResolvedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:

@@ -21,8 +21,8 @@ from fullrank.models import rows as rows_of_models
 from fullrank.models.load import load_model
 from fullrank.parallel.single import SingleDevice
 from fullrank.plan import speed
-from fullrank.records import StepRow
-from fullrank.run import read_json_lines, verify_manifest
+from fullrank.records import Rehearsal, StepRow
+from fullrank.run import read_json_lines, read_record, verify_manifest
 from fullrank.sequences.order import Order
 from fullrank.train import setup
 from fullrank.train import stage as train_stage
@@ -350,6 +350,8 @@ def test_micro_batches_and_recomputation_may_change_between_sittings(case: Path)
     run.run.plan_path.write_text(plan.model_dump_json(), encoding="utf-8")
     again = staged(case)
     assert again.train().resumed_from_steps == [3]
+    laid_out = read_record(run.run.train / "layout.json", Rehearsal)
+    assert laid_out is not None and (laid_out.micro_batch_tokens, laid_out.recompute) == (40, "block")
 
 
 def test_without_a_plan_the_verb_to_type_is_named(case: Path) -> None:
