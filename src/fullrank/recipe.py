@@ -289,8 +289,16 @@ class AdaLomo(_Rule):
     """Peak rate *relative to the root mean square of each tensor*; 5e-4 is the authors' for instruction tuning."""
 
 
+_RULES = ("adamw", "muon", "adafactor", "lomo", "adalomo")
+
+
 def _with_a_name(value: Any) -> Any:
-    return {"name": "adamw", **value} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    name = value.get("name", "adamw")
+    if name not in _RULES:
+        raise ValueError(f"there is no optimizer {name!r} here; allowed: {', '.join(_RULES)}")
+    return {"name": name, **value}
 
 
 Optimizer = Annotated[

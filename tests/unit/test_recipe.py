@@ -18,6 +18,7 @@ from fullrank.recipe import (
     Section,
     Source,
     Task,
+    Train,
     ValidationSplit,
 )
 
@@ -180,3 +181,31 @@ def test_an_empty_separator_is_refused() -> None:
 )
 def test_no_two_scores_have_one_name(tasks: list[dict[str, str]]) -> None:
     assert "are named 'f1" in problems(Recipe, **LEAST, evaluate={"tasks": tasks})
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_is_one_of_those_there_are() -> None:
+    assert "there is no optimizer 'sgd' here; allowed: adamw, muon" in problems(Train, optimizer={"name": "sgd"})
+
+
+def test_weights_of_16_bits_without_care_are_refused_with_the_reason() -> None:
+    for precision in ("bf16", "bfloat16"):
+        assert "half a unit in the last place" in problems(Train, precision=precision)
+    with pytest.raises(ValidationError, match="bf16-nearest with adamw would learn next to nothing"):
+        Train(precision="bf16-nearest")
+    assert Train(precision="bf16-nearest", optimizer={"name": "lomo"}).precision == "bf16-nearest"
+
+
+def test_adalomo_is_not_clipped_unless_asked() -> None:
+    assert Train().clip_norm == 1.0 and Train(optimizer={"name": "adalomo"}).clip_norm is None
+    assert Train(optimizer={"name": "adalomo"}, max_grad_norm=2.0).clip_norm == 2.0
+    assert "max_grad_norm" in problems(Train, max_grad_norm=0.0)
+
+
+def test_fused_rules_release_their_gradients() -> None:
+    recipe = {"name": "a", "model": {"source": "a"}, "data": {"train": "a"}, "train": {"optimizer": {"name": "lomo"}}}
+    assert Recipe.model_validate(recipe).gradients == "release"
+    with pytest.raises(ValidationError, match="lomo is fused into the backward pass"):
+        Recipe.model_validate(recipe | {"machine": {"gradients": "keep"}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 
 import yaml
@@ -80,7 +81,7 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> I
             seconds, _ = clock.seconds(changed, choice)
             time = f"about {seconds / plain:.2f} times the time" if seconds and plain else "time not estimated"
             learned = "the same weights" if same else "another step: it learns differently"
-            yield f"{' '.join(changes)}  ({format_bytes(choice.peak_bytes)}, {time}, {learned})"
+            yield f"{' '.join(map(shlex.quote, changes))}  ({format_bytes(choice.peak_bytes)}, {time}, {learned})"
             fitting.append(changes)
         if fitting:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -271,7 +272,7 @@ def test_another_step_is_named_only_where_the_same_weights_do_not_fit(
     assert "another step: it learns differently" in message and "the same weights" not in message
     changes = re.search(r"the smallest change that fits: (.+?)  \(", message)
     assert changes
-    _, plan = planned(deep, f"machine.memory_limit={(least + other) // 2}", *re.findall(r"\S+=(?:\{[^}]*\}|\S+)", changes[1]))
+    _, plan = planned(deep, f"machine.memory_limit={(least + other) // 2}", *shlex.split(changes[1]))
     assert plan.fits and plan.precision == "bf16-stochastic" and plan.backward_passes == 1
 
 
