@@ -224,7 +224,7 @@ def _trained(plan: Plan) -> str:
 
 def plan_text(plan: Plan) -> str:
     """The plan in a few lines."""
-    train = format_seconds(plan.train_seconds_predicted) if plan.train_seconds_predicted else "time not estimated"
+    train = f"about {format_seconds(plan.train_seconds_predicted)}" if plan.train_seconds_predicted else "for an unknown time"
     lines = [
         f"plan: {format_count(plan.model.parameters)} parameters, {_trained(plan)} trained, {plan.precision}, "
         f"on {plan.machine.device_name}",
@@ -238,6 +238,6 @@ def plan_text(plan: Plan) -> str:
         f"  {'peak':<12}{format_bytes(plan.peak_bytes_predicted):>9}   "
         f"of {format_bytes(plan.machine.memory_available_bytes)} usable",
         f"  disk {format_bytes(plan.disk_bytes_predicted)} of {format_bytes(plan.machine.disk_free_bytes)} free; "
-        f"training about {train}",
+        f"training {train}",
     ]
     return "\n".join(lines)
