@@ -363,6 +363,19 @@ class Train(Section):
     """Seed of the validation split, the order of examples, dropout and stochastic rounding."""
 
     @property
+    def rounding(self) -> Literal["none", "stochastic", "kahan", "nearest"]:
+        """How weights are rounded to 16 bits; `none` where they are of 32."""
+        match self.precision:
+            case "bf16-stochastic":
+                return "stochastic"
+            case "bf16-kahan":
+                return "kahan"
+            case "bf16-nearest":
+                return "nearest"
+            case _:
+                return "none"
+
+    @property
     def clip_norm(self) -> float | None:
         """`max_grad_norm` with `auto` resolved."""
         if self.max_grad_norm == "auto":

@@ -57,7 +57,8 @@ class RowModel:
         self.trims = self.head is not None and _trims(self)
         if adds_gradients and self.head is not None and model.device.type != "cpu":  # only training sums losses with gradients
             self.head = with_fastest(self.head, model.device, _compute_type(model))
-        if self.shares and _drops(model):
+        self.drops = _drops(model)
+        if self.shares and self.drops:
             # One draw for all examples that share a beginning is another step than one for each.
             self.shares = False
             self.why = "this model is trained with dropout, which draws for every example anew: no beginning is shared"

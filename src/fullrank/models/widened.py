@@ -58,10 +58,6 @@ class Widened:
         """Those that opening the unit widens (or would, were they narrow); every parameter of the model is in one unit."""
         return self._parameters[unit]
 
-    def is_open(self, unit: Unit) -> bool:
-        """Whether its parameters hold fp32 now."""
-        return self._opened[unit] > 0
-
     def open(self, unit: Unit) -> None:
         """Has the unit's parameters hold fp32 copies of what is stored."""
         self._opened[unit] += 1

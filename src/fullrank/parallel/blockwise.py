@@ -36,12 +36,12 @@ import torch
 from fullrank.errors import ModelError
 from fullrank.models import pages
 from fullrank.models.blocks import blocks_of
-from fullrank.models.load import drops
 from fullrank.models.rows import RowModel
 from fullrank.models.widened import OUTSIDE, Unit
 from fullrank.optim.shelf import Shelf
+from fullrank.parallel.draws import Draws, drawn, draws
 from fullrank.parallel.engine import StepOutcome
-from fullrank.parallel.single import SingleDevice, rounding
+from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Recipe, Train
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import add_gradients
@@ -59,8 +59,8 @@ class _Call:
     """What entered it; None while it is on a shelf, and once it is not needed any more."""
     arguments: tuple[Any, ...]
     named: dict[str, Any]
-    draws: tuple[torch.Tensor, torch.Tensor | None] | None
-    """States of the generators of host and device, where the model draws."""
+    draws: Draws | None
+    """States of the generators, where the model draws."""
 
 
 @dataclass
@@ -83,15 +83,15 @@ class _Row:
 def is_blockwise(recipe: Recipe) -> bool:
     """Whether a recipe's steps go block by block: gradients do not stay in memory, or weights of 16 bits are widened by
     blocks."""
-    return recipe.gradients != "keep" or rounding(recipe.train.precision) != "none"
+    return recipe.gradients != "keep" or recipe.train.rounding != "none"
 
 
 class Blockwise(SingleDevice):
     """See `fullrank.parallel.engine.Engine` for what is promised.
 
     Args:
-        rows: the model on the device, as it takes rows; weights in fp32, or in bf16, widened on a CPU
-        (`fullrank.models.widened`). train: the recipe's training section, `precision` resolved.
+        rows: the model on the device, as it takes rows; weights in fp32, or bf16, on a CPU widened (`fullrank.models.widened`).
+        train: the recipe's training section, `precision` resolved.
         gradients: keep, release or spill.
         states: where optimizer states wait between updates; None for the device.
         spilled: where gradients wait that are spilled.
@@ -127,9 +127,6 @@ class Blockwise(SingleDevice):
             raise ModelError("blocks of this model share weights, so no block's gradient is whole before the end", hint=_KEEP)
         self._outside = [name for name in self._named if name not in set(inside)]
         self._forwards: list[Callable[..., Any]] = []
-        self._drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules()) or drops(
-            self.model.config
-        )
 
     def compute_type(self) -> contextlib.AbstractContextManager[object]:
         """Autocast without its cache, which would keep a copy of every block's weights through a row."""
@@ -245,7 +242,7 @@ class Blockwise(SingleDevice):
         if level == 0:
             row.start_1TH = hidden_1TH if hidden_1TH.requires_grad else None
         hidden_1TH = hidden_1TH.detach()
-        call = _Call(hidden_1TH, arguments, named, self._draws() if self._drops else None)
+        call = _Call(hidden_1TH, arguments, named, draws(self.device) if self.rows.drops else None)
         row.calls.append(call)
         if self._inputs is not None:
             self._inputs.put(_input_name(level, row), hidden_1TH)
@@ -310,7 +307,7 @@ class Blockwise(SingleDevice):
             assert self._inputs is not None
             kept_1TH = self._inputs.get(_input_name(level, row))
         hidden_1TH = kept_1TH.detach().requires_grad_()
-        with torch.enable_grad(), self._drawn(call.draws), self.compute_type():
+        with torch.enable_grad(), drawn(self.device, call.draws), self.compute_type():
             out = self._forwards[level](hidden_1TH, *call.arguments, **call.named)
         torch.autograd.backward(out[0] if isinstance(out, tuple) else out, row.grad_1TH)
         row.grad_1TH = hidden_1TH.grad
@@ -351,23 +348,6 @@ class Blockwise(SingleDevice):
             for p in widened.parameters(unit):
                 p.grad = None
             widened.close(unit)
-
-    # ---- dropout ----------------------------------------------------------------------------------------------------------
-
-    def _draws(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def _drawn(self, draws: tuple[torch.Tensor, torch.Tensor | None] | None) -> Iterator[None]:
-        """Inside, generators are as they were."""
-        if draws is None:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.set_rng_state(draws[0])
-            if draws[1] is not None:
-                torch.cuda.set_rng_state(draws[1], self.device)
-            yield
 
 
 def _input_name(level: int, row: _Row) -> str:

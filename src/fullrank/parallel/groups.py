@@ -1,5 +1,4 @@
-"""Parameter groups by the place of a parameter in the model: what is frozen, whose learning rate is lower, what is a hidden
-matrix.
+"""Parameter groups by place in the model: what is frozen, whose learning rate is lower, what is a hidden matrix; and their sizes.
 
 That vectors are not decayed is the update's own affair (`fullrank.optim.update`).
 """

@@ -24,6 +24,8 @@ from torch.utils.checkpoint import (
 )
 from transformers import PreTrainedModel
 
+from fullrank.parallel.draws import drawn, draws
+
 Recompute = Literal["none", "selective", "block", "offload"]
 
 #: What may be recomputed on a device, the least first. Beneath the compiled attention of an accelerator, selective recomputation
@@ -87,7 +89,7 @@ class _Offloaded(torch.autograd.Function):
         ctx.block, ctx.device = block, device
         ctx.waiting = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=device.type == "cuda")
         ctx.waiting.copy_(hidden.detach(), non_blocking=True)
-        ctx.draws = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        ctx.draws = draws(device)
         ctx.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         with torch.no_grad():
             return block(hidden)
@@ -97,10 +99,7 @@ class _Offloaded(torch.autograd.Function):
         hidden = ctx.waiting.to(ctx.device, non_blocking=True).detach().requires_grad_()
         enabled, dtype = ctx.autocast
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=[ctx.device] if ctx.device.type == "cuda" else []))
-            torch.set_rng_state(ctx.draws[0])
-            if ctx.draws[1] is not None:
-                torch.cuda.set_rng_state(ctx.draws[1], ctx.device)
+            stack.enter_context(drawn(ctx.device, ctx.draws))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled))
             out = ctx.block(hidden)

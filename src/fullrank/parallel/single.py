@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
 
 import torch
 
@@ -18,16 +17,6 @@ from fullrank.parallel.recompute import recompute_blocks
 from fullrank.recipe import Train
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import Watch, add_gradients, token_losses, unwatched
-
-
-def rounding(precision: str) -> Literal["none", "stochastic", "kahan", "nearest"]:
-    """How weights are rounded under a recipe's precision: not at all, where they are fp32."""
-    kinds: dict[str, Literal["stochastic", "kahan", "nearest"]] = {
-        "bf16-stochastic": "stochastic",
-        "bf16-kahan": "kahan",
-        "bf16-nearest": "nearest",
-    }
-    return kinds.get(precision, "none")
 
 
 class SingleDevice:
@@ -52,7 +41,7 @@ class SingleDevice:
         self._updater = Updater(
             self._named,
             train.optimizer,
-            rounding=rounding(train.precision),
+            rounding=train.rounding,
             hidden=hidden_matrices(model),
             rates=rates(model, train.optimizer.layer_decay),
             shelf=states,

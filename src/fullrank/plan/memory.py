@@ -1,10 +1,10 @@
 """The memory ledger: what a training step holds at its peak, part by part, each with its formula.
 
 Letters: N parameters (of them N' trained, B in the largest block, O outside the blocks), T tokens of the largest row, S tokens of
-the largest step, C predictions whose logits exist at once, L layers, h hidden size, q = heads x
-head size, k = key-value heads x head size, i intermediate size, V vocabulary, b bytes of a number (4 in fp32). The activation
-formula counts the tensors that autograd keeps for a block of a present-day decoder (two norms, attention, a gated MLP); other
-blocks keep about as much. It is an estimate, and the report sets it against the measured peak.
+the largest step, C predictions whose logits exist at once, L layers, h hidden size, q = heads x head size, k = key-value heads x
+head size, i intermediate size, V vocabulary, b bytes of a number (4 in fp32). The activation formula counts the tensors that
+autograd keeps for a block of a present-day decoder (two norms, attention, a gated MLP); other blocks keep about as much. It is an
+estimate, and the report sets it against the measured peak.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from fullrank.optim.update import state_bytes
 from fullrank.parallel.blockwise import is_blockwise
 from fullrank.parallel.groups import Shapes
 from fullrank.parallel.recompute import Recompute
-from fullrank.parallel.single import rounding
 from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, ModelFacts
 from fullrank.sequences.head import chunk_size
@@ -92,7 +91,7 @@ def ledger(
     lines += _weights(shapes, recipe, device)
     lines += _gradients_and_states(shapes, recipe)
     tuned = device == "cpu" and precision != "bf16-mixed"
-    number = 2 if precision == "bf16-mixed" or (_is_16_bits(precision) and device != "cpu") else 4
+    number = 2 if precision == "bf16-mixed" or (recipe.train.rounding != "none" and device != "cpu") else 4
     activations = _activations(model, row, recipe, recompute, tuned=tuned, number=number, eager=eager)
     logits_number = 8 if number == 4 else 10
     chunk = min(row.predictions, chunk_size(model.vocabulary))
@@ -145,22 +144,18 @@ def elsewhere(model: ModelFacts, shapes: Shapes, recipe: Recipe, *, recompute: R
 
 def weight_bytes(recipe: Recipe) -> int:
     """Bytes of a weight as it is stored."""
-    return 2 if _is_16_bits(recipe.train.precision) else 4
-
-
-def _is_16_bits(precision: str) -> bool:
-    return rounding(precision) != "none"
+    return 4 if recipe.train.rounding == "none" else 2
 
 
 def states_bytes(shapes: Shapes, recipe: Recipe) -> int:
     """Of the optimizer's states, wherever they are."""
     train = recipe.train
-    return state_bytes(train.optimizer, shapes.trained, rounding=rounding(train.precision), hidden=shapes.hidden)
+    return state_bytes(train.optimizer, shapes.trained, rounding=train.rounding, hidden=shapes.hidden)
 
 
 def _weights(shapes: Shapes, recipe: Recipe, device: str) -> list[LedgerLine]:
     n, precision = shapes.parameters, recipe.train.precision
-    if _is_16_bits(precision):
+    if recipe.train.rounding != "none":
         lines = [LedgerLine(part="weights", bytes=2 * n, formula="N x 2 B")]
         if device == "cpu":
             wide = 4 * (shapes.block + shapes.outside)

@@ -23,7 +23,6 @@ from fullrank.models.rows import RowModel
 from fullrank.optim.update import Updater
 from fullrank.parallel import device as devices
 from fullrank.parallel.recompute import recompute_blocks
-from fullrank.parallel.single import rounding
 from fullrank.recipe import Train
 from fullrank.records import ModelFacts
 from fullrank.sequences.layout import MicroBatch
@@ -59,12 +58,11 @@ def measure(
     available_bytes: int,
 ) -> Speed | None:
     """Times one and two blocks on a row; None where even two blocks would take too much memory."""
-    precision = train.precision
     block = (model.parameters - model.vocabulary * model.hidden_size) // model.layers
     slice_bytes = 16 * (2 * block + 2 * model.vocabulary * model.hidden_size) + row.supervised_tokens * model.vocabulary * 12
     if slice_bytes > _MEMORY_SHARE * available_bytes:
         return None
-    one, two = (_time_blocks(config, blocks, row, device, precision, recompute) for blocks in (1, 2))
+    one, two = (_time_blocks(config, blocks, row, device, train, recompute) for blocks in (1, 2))
     tokens = row.tokens
 
     def whole(first: float, second: float) -> float:
@@ -80,7 +78,7 @@ def measure(
 
 
 def _time_blocks(
-    config: PreTrainedConfig, blocks: int, row: MicroBatch, device: torch.device, precision: str, recompute: str
+    config: PreTrainedConfig, blocks: int, row: MicroBatch, device: torch.device, train: Train, recompute: str
 ) -> tuple[float, float]:
     """(forward, forward and backward) seconds of a random model with that many blocks: the faster of two after a warm-up."""
     small = copy.deepcopy(config)
@@ -88,7 +86,7 @@ def _time_blocks(
     text.num_hidden_layers = blocks
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:blocks]
-    native = rounding(precision) != "none" and device.type == "cuda"  # elsewhere weights of 16 bits are widened to compute
+    native = train.rounding != "none" and device.type == "cuda"  # elsewhere weights of 16 bits are widened to compute
     dtype = torch.bfloat16 if native else torch.float32
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=attention_for(small))
@@ -97,11 +95,11 @@ def _time_blocks(
     recompute_blocks(model, recompute)
 
     def forward_only() -> None:
-        with rows.ready(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with rows.ready(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16-mixed"):
             token_losses(rows, row)
 
     def forward_backward() -> None:
-        with rows.ready(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with rows.ready(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16-mixed"):
             add_gradients(rows, row, row.supervised_tokens)
         model.zero_grad(set_to_none=True)
 
@@ -109,7 +107,7 @@ def _time_blocks(
 
 
 def _time_optimizer(device: torch.device, train: Train) -> float:
-    rounds = rounding(train.precision)
+    rounds = train.rounding
     sides = [_SLICE_SIDE, _OPTIMIZER_SLICE // _SLICE_SIDE]
     parameter = torch.nn.Parameter(torch.zeros(sides, device=device, dtype=torch.float32 if rounds == "none" else torch.bfloat16))
     updater = Updater({"slice": parameter}, train.optimizer, rounding=rounds, hidden=["slice"])

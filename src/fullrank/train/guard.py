@@ -30,13 +30,18 @@ def check_finite(step: Step, store: TokenStore) -> None:
     """
     if step.outcome.updated:
         return
-    names = [store.origin(int(example)) for example in step.examples[:_NAMED]]
-    rest = len(step.examples) - len(names)
     raise TrainingError(
         f"step {step.row.step}: loss {step.outcome.loss}, gradient norm {step.outcome.grad_norm}: not finite, so nothing "
-        f"of this step is kept\nits examples: {', '.join(names)}" + (f" and {rest} more" if rest else ""),
+        f"of this step is kept\nits examples: {named_examples(store, step.examples)}",
         hint="look at these records; a lower train.optimizer.learning_rate or more warmup often helps",
     )
+
+
+def named_examples(store: TokenStore, examples: Iterable[int]) -> str:
+    """Where the first of some examples come from, and how many more there are."""
+    origins = [store.origin(int(example)) for example in examples]
+    rest = len(origins) - _NAMED
+    return ", ".join(origins[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_finite_validation(loss: float, step: int) -> None:

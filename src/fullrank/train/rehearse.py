@@ -27,11 +27,9 @@ from fullrank.run import Run, fingerprint, read_record, write_record
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint
-from fullrank.train.guard import out_of_memory
+from fullrank.train.guard import named_examples, out_of_memory
 from fullrank.train.setup import Setup
 from fullrank.units import format_bytes
-
-_NAMED = 10
 
 
 def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[Setup, Rehearsal]:
@@ -117,8 +115,7 @@ def _tried(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[
 
 
 def _small_and_worst(setup: Setup) -> tuple[MicroBatch, list[MicroBatch]]:
-    """The smallest row, and the rows that take most: of the steps that the plan looked at, but for the largest step, which is of
-    all."""
+    """The smallest row, and the rows that take most: of the steps that the plan looked at, or the largest step of all."""
     store, order = setup.store, setup.order
     longest = setup.layout.rows(store, store.lengths.argsort()[-1:])
     looked_at = [row for step in order.first_steps for row in setup.layout.rows(store, order.step(step))] + longest
@@ -130,10 +127,9 @@ def _small_and_worst(setup: Setup) -> tuple[MicroBatch, list[MicroBatch]]:
 
 
 def _not_finite(setup: Setup, rows: list[MicroBatch], outcome: StepOutcome) -> TrainingError:
-    examples = dict.fromkeys(setup.store.origin(example) for row in rows for example in row.examples)
+    examples = dict.fromkeys(example for row in rows for example in row.examples)
     return TrainingError(
         f"the base model's loss on the largest batch is {outcome.loss}, its gradient's norm {outcome.grad_norm}: not finite\n"
-        f"its examples: {', '.join(list(examples)[:_NAMED])}"
-        + (f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""),
+        f"its examples: {named_examples(setup.store, examples)}",
         hint="look at these records, and whether the base model answers them at all",
     )

@@ -16,7 +16,7 @@ from fullrank.optim.shelf import InHost, OnDisk, Shelf
 from fullrank.parallel import device as devices
 from fullrank.parallel.blockwise import Blockwise, is_blockwise
 from fullrank.parallel.groups import freeze
-from fullrank.parallel.single import SingleDevice, rounding
+from fullrank.parallel.single import SingleDevice
 from fullrank.recipe import Recipe
 from fullrank.records import Plan
 from fullrank.run import Run
@@ -82,7 +82,7 @@ def load_rows(recipe: Recipe, folder: Path, device: torch.device) -> RowModel:
     Raises:
         UsageError: a pattern of `train.frozen` matches nothing.
     """
-    of_16_bits = rounding(recipe.train.precision) != "none"
+    of_16_bits = recipe.train.rounding != "none"
     model = load_model(folder, device=device, dtype=torch.bfloat16 if of_16_bits else torch.float32)
     freeze(model, recipe.train.frozen)
     return RowModel(model, adds_gradients=True, widened=Widened(model) if of_16_bits and device.type == "cpu" else None)

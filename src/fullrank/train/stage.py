@@ -23,7 +23,6 @@ from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.quiet import between_steps, quiet
-from fullrank.parallel.single import rounding
 from fullrank.recipe import EarlyStopping, Recipe
 from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
 from fullrank.run import (
@@ -321,7 +320,7 @@ class _Training:
         unreached, unmoved = proof.check_changed(
             unchanged,
             never_reached,
-            rounded=rounding(self.recipe.train.precision) != "none",
+            rounded=self.recipe.train.rounding != "none",
             trained=sum(p.requires_grad for p in self.model.parameters()),
         )
         with new_folder(self.run.model) as folder:

@@ -112,8 +112,8 @@ def test_a_forward_pass_opens_one_block_at_a_time(family: str) -> None:
         block.forward = lambda *a, _own=own, **k: (seen.append(wide_blocks(widened)), _own(*a, **k))[1]
     with torch.no_grad(), widened.forward(), widened.forward():
         assert torch.equal(stored(input_ids=IDS).logits, wide(input_ids=IDS).logits)
-        assert wide_blocks(widened) == [] and widened.is_open(OUTSIDE)
-    assert seen == [[0], [1]] and not any(widened.is_open(unit) for unit in widened.units)
+        assert wide_blocks(widened) == [] and widened._opened[OUTSIDE]
+    assert seen == [[0], [1]] and not any(widened._opened[unit] for unit in widened.units)
     assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks_of(stored) or [])
 
@@ -169,7 +169,7 @@ def test_by_hand_a_forward_pass_opens_nothing() -> None:
     stored, _ = pair("llama")
     widened = Widened(stored)
     with widened.manual(), widened.forward():
-        assert not any(widened.is_open(unit) for unit in widened.units)
+        assert not any(widened._opened[unit] for unit in widened.units)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

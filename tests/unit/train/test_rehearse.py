@@ -10,8 +10,9 @@ import pytest
 import torch
 from staging import Staged, staged, write_case
 
-from fullrank.errors import FitError
+from fullrank.errors import FitError, TrainingError
 from fullrank.models.load import load_model
+from fullrank.parallel.engine import StepOutcome
 from fullrank.parallel.single import SingleDevice
 from fullrank.plan import speed
 from fullrank.records import Rehearsal
@@ -122,3 +123,17 @@ def test_a_layout_found_before_is_kept(case: Path, monkeypatch: pytest.MonkeyPat
 def test_block_by_block_the_largest_step_is_tried(case: Path, gradients: str) -> None:
     _, found = rehearsal_of(case, f"machine.gradients={gradients}")
     assert found.recompute == "block" and found.amendments == []
+
+
+def test_a_batch_that_is_not_finite_is_named_before_anything_is_trained(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any, **__: Any) -> StepOutcome:
+        return StepOutcome(float("nan"), float("nan"), updated=False)
+
+    monkeypatch.setattr(SingleDevice, "step", step)
+    run = staged(case)
+    run.data()
+    run.plan()
+    with pytest.raises(TrainingError, match="the base model's loss on the largest batch is nan") as caught:
+        run.train()
+    assert "train.jsonl:" in caught.value.message
+    assert not (run.run.train / "layout.json").exists() and not (run.run.train / "inputs.json").exists()
