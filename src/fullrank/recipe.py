@@ -480,7 +480,7 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes CUDA, then MPS, then the CPU."""
     memory_limit: str | int | None = None
-    """Most memory the plan may use, such as 8GB; by default nine tenths of what is free."""
+    """Most memory the plan may use, such as 8GB, of each rank; by default nine tenths of what is free, shared by a CPU's ranks."""
     gradients: Literal["auto", "keep", "release", "spill"] = "auto"
     """Where gradients wait for the update; the weights that follow are the same. keep: in memory, 4 bytes a parameter. release:
     one block's at a time is alive; where gradients are clipped, a first backward pass finds the norm and a second one updates.
@@ -500,6 +500,27 @@ class Machine(Section):
         return value
 
 
+class Parallel(Section):
+    """How a run is spread over devices; nothing here changes what is learned."""
+
+    engine: Literal["auto", "fsdp2"] = "auto"
+    """What computes steps. fsdp2: PyTorch's fully sharded data parallelism, each rank holding a part of weights, gradients and
+    optimizer states. auto: fsdp2 for several ranks; a single one needs no engine of that kind."""
+    ranks: int | Literal["auto"] = Field(default="auto")
+    """Processes on this machine, one a device; auto starts one for each CUDA device, and one on other machines. What torchrun
+    starts counts instead."""
+    replicas: int = Field(default=1, ge=1)
+    """Groups of ranks that hold the model once each, divided among the group (hybrid sharding): across machines less travels then,
+    for more memory. 1 divides it among all ranks."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _at_least_one(cls, ranks: int | str) -> int | str:
+        if isinstance(ranks, int) and ranks < 1:
+            raise ValueError("must be at least 1, or auto")
+        return ranks
+
+
 class Recipe(Section):
     """A full fine-tuning run: what to train, on what, how, and what must be measured at the end."""
 
@@ -517,6 +538,8 @@ class Recipe(Section):
     """The model folder at the end."""
     machine: Machine = Machine()
     """Where the run may take place."""
+    parallel: Parallel = Parallel()
+    """How it is spread over devices."""
 
     @property
     def gradients(self) -> Literal["keep", "release", "spill"]:
@@ -541,6 +564,12 @@ ALIASES: dict[str, str] = {
     "optim": "train.optimizer.name",
     "optimizer_in_bwd": "machine.gradients",
     "offload_optimizer": "machine.optimizer_states",
+    "nproc_per_node": "parallel.ranks",
+    "num_processes": "parallel.ranks",
+    "fsdp": "parallel.engine",
+    "fsdp_config": "parallel.engine",
+    "dp_replicate_size": "parallel.replicas",
+    "data_parallel_replicate_degree": "parallel.replicas",
     "freeze": "train.frozen",
     "unfrozen_parameters": "train.frozen",
     "adam_beta1": "train.optimizer.betas",

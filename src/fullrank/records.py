@@ -351,6 +351,14 @@ class Plan(StageRecord):
     backward_passes: int
     """Through every block in a step: two where released gradients are clipped, one for their norm and one for the update."""
     optimizer_states: Literal["device", "host", "disk"]
+    engine: Literal["single", "fsdp2"]
+    """What computes the steps: one process by itself, or PyTorch FSDP2."""
+    ranks: int
+    """Processes that share the work, one a device."""
+    replicas: int
+    """Groups of them that hold the model once each."""
+    sync: Literal["step", "row"]
+    """When gradients are summed over ranks: once a step, until when each rank has them whole, or after every row."""
     examples: int
     steps: int
     steps_per_epoch: int
@@ -492,13 +500,21 @@ class Proof(Record):
     export_changed_tensors: int
     """Stored tensors of the export that differ from the base's in the export's type: small updates vanish in 16 bits."""
     export_tensors: int
-    export_logits_identical: bool
-    """A fresh process that loads the export computes bitwise the logits of the trained weights after the same cast."""
+    export_logits_identical: bool | None
+    """A fresh process that loads the export computes bitwise the logits of the trained weights after the same cast; None where no
+    process of the training held all of these."""
+    export_weights_identical: bool | None
+    """Of weights that were divided among ranks: those that a fresh process loads are theirs, bit by bit, after the same cast."""
     export_probe_tokens: int
     """Tokens whose logits were compared."""
     ties_kept: bool
     tokenizer_travels: bool
     """The fresh process tokenizes the probe and has the chat template and the stop tokens as training had them."""
+
+    @property
+    def export_is_the_model(self) -> bool:
+        """Whether what could be compared, logits or weights, was the same."""
+        return self.export_logits_identical is not False and self.export_weights_identical is not False
 
 
 class TrainCard(StageRecord):
@@ -588,6 +604,8 @@ class Rehearsal(Record):
 
     micro_batch_tokens: int
     recompute: Literal["none", "selective", "block", "offload"]
+    sync: Literal["step", "row"]
+    """When gradients are summed over ranks."""
     planned: str
     """Fingerprint of what the plan wanted: under another plan the worst is tried anew."""
     peak_bytes: int

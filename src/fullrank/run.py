@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,11 +34,13 @@ class Run:
     Args:
         root: the folder; made when first written to.
         listener: called with every event told to the run (a terminal's progress panel, say); the file has them all anyway.
+        tells: False for a process that works on a run of which another one tells: its events go nowhere.
     """
 
-    def __init__(self, root: str | Path, listener: Listener | None = None) -> None:
+    def __init__(self, root: str | Path, listener: Listener | None = None, *, tells: bool = True) -> None:
         self.root = Path(root)
         self.listener = listener
+        self.tells = tells
 
     @property
     def name(self) -> str:
@@ -82,12 +84,14 @@ class Run:
 
     def tell(self, event: str, **facts: Any) -> None:
         """Adds a line to `events.jsonl` and tells the listener."""
+        if not self.tells:
+            return
         append_json_line(self.root / "events.jsonl", {"time": time.time(), "event": event, **facts})
         self.show(event, **facts)
 
     def show(self, event: str, **facts: Any) -> None:
         """Tells the listener only: for facts whose home is another file."""
-        if self.listener:
+        if self.listener and self.tells:
             self.listener(event, facts)
 
     @contextmanager
@@ -168,7 +172,7 @@ def write_text(path: Path, text: str) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
 def write_record(path: Path, record: BaseModel) -> None:
@@ -204,7 +208,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     What stood under the name before is replaced; what a failed attempt left is removed.
     """
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    partial, old = partial_of(path), path.with_name(f".{path.name}.old")
     with naming_disk_trouble(path):
         if old.exists() and not path.exists():  # a process was killed between the two renames below
             old.rename(path)
@@ -213,7 +217,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield partial
             for file in [*sorted(partial.rglob("*")), partial]:
-                _fsync(file)
+                fsync(file)
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
@@ -225,14 +229,19 @@ def new_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 partial.rename(path)
-            _fsync(path.parent)
+            fsync(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def _fsync(path: Path) -> None:
-    """fsync of a file or folder by name."""
+def partial_of(path: Path) -> Path:
+    """Where a folder is until it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def fsync(path: Path) -> None:
+    """Brings a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -280,18 +289,28 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes MANIFEST.json: the size and SHA-256 of every other file of the folder."""
+def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]] = {}) -> None:
+    """Writes MANIFEST.json: the size and SHA-256 of every other file of the folder.
+
+    Args:
+        folder: whose files are all there.
+        known: entries (`manifest_entry`) of files by name that whoever wrote them has made.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "MANIFEST.json")
-    entries = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files}
+    entries = {name: known.get(name) or manifest_entry(folder / name) for name in (str(p.relative_to(folder)) for p in files)}
     write_text(folder / "MANIFEST.json", json.dumps({"files": entries}, indent=2) + "\n")
+
+
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def refresh_manifest(folder: Path, name: str) -> None:
     """Brings one file's entry of an existing manifest up to date; the others keep what was proven of them."""
     path = folder / "MANIFEST.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+    manifest["files"][name] = manifest_entry(folder / name)
     write_text(path, json.dumps(manifest, indent=2) + "\n")
 
 

@@ -40,19 +40,30 @@ def main() -> None:
     try:
         app()
     except FullrankError as error:
-        _fail(error)
+        _leave(_told(error))
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else 1 if end.code else 0)
+
+
+def _leave(code: int) -> None:
+    """Ends the process; one of several ranks without waiting for threads that may be waiting for other ranks."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(error: FullrankError) -> None:
+def _told(error: FullrankError) -> int:
     label = "stopped" if isinstance(error, Stopped) else "error"
     print(f"{label}: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"  -> {error.hint}", file=sys.stderr)
-    sys.exit(error.exit_code)
+    return error.exit_code

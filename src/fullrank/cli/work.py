@@ -81,6 +81,8 @@ def _work(
 
         with Console(quiet_results=as_json) as console:
             run = run_until(last, recipe, runs_dir, console.hear)
+            if not run.tells:  # one of several ranks, of which the first one tells
+                return
             console.conclude(run)
     if as_json:
         print(json.dumps(describe(run)))

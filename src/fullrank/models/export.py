@@ -6,6 +6,8 @@ to stop. Its proof is a fresh process that loads it and computes bitwise the sam
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import inspect
 import json
 import subprocess
@@ -46,6 +48,25 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop
     model.config._name_or_path = ""  # a path of this machine says nothing elsewhere
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _open_to_all(folder)
+
+
+def write_description(
+    model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], folder: Path
+) -> None:
+    """Writes all that `write_model` does, but the weights (`fullrank.models.streamed`)."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config._name_or_path = ""
+    config.save_pretrained(folder)
+    if model.can_generate():
+        _generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _open_to_all(folder)
+
+
+def _open_to_all(folder: Path) -> None:
     for path in folder.iterdir():  # safetensors makes files that only their owner may read; a model is as open as its folder
         path.chmod(folder.stat().st_mode & 0o666)
 
@@ -90,6 +111,14 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return tied
 
 
+def tied_parameters(model: PreTrainedModel) -> set[str]:
+    """`tied_names` of a model whose numbers are elsewhere: names of parameters that are one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {name for own in names.values() if len(own) > 1 for name in own}
+
+
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel, ids_1T: torch.Tensor) -> torch.Tensor:
     """Logits logits_1KV of one row's last K tokens, in evaluation mode: of all of them where vocabularies are small.
@@ -114,6 +143,8 @@ class Fresh:
     """Its tokens of the probe's text."""
     chat_template: str | None
     stop_ids: list[int]
+    digests: dict[str, str]
+    """SHA-256 of every parameter, by name."""
 
 
 def fresh_process(folder: Path, ids_1T: torch.Tensor, text: str, device: torch.device, scratch: Path) -> Fresh:
@@ -142,4 +173,11 @@ def fresh_process(folder: Path, ids_1T: torch.Tensor, text: str, device: torch.d
         text_ids=facts["text_ids"],
         chat_template=facts["chat_template"],
         stop_ids=facts["stop_ids"],
+        digests=facts["digests"],
     )
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's numbers."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

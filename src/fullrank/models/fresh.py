@@ -1,6 +1,7 @@
 """What a fresh process makes of an export: `python -m fullrank.models.fresh probe.json logits.safetensors`.
 
-Loads the folder as any user would, writes its logits on the probe, and prints its ties, tokens, template and stop tokens.
+Loads the folder as any user would, writes its logits on the probe, and prints its ties, tokens, template,
+stop tokens and digests of its weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fullrank.models.export import probe_logits, tied_names
+from fullrank.models.export import digest, probe_logits, tied_names
 from fullrank.models.load import load_model, load_tokenizer
 
 
@@ -30,6 +31,7 @@ def main(request_path: str, logits_path: str) -> None:
         "text_ids": tokenizer(request["text"], add_special_tokens=False)["input_ids"],
         "chat_template": tokenizer.chat_template,
         "stop_ids": stops if isinstance(stops, list) else [stops],
+        "digests": {name: digest(p) for name, p in model.named_parameters()},
     }
     print(json.dumps(facts))
 

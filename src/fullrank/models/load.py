@@ -48,10 +48,7 @@ def _read(
     folder: Path, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers tells of missing and mismatched names."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    attention = attention_for(config)
-    if kind.config_class == config.sub_configs.get("text_config"):  # of a model that sees, the part that reads
-        config = config.get_text_config()
+    kind, config, attention = _kind_of(config)
     stored = StoredTensors(*weight_files(folder)).index
     with _in_turn():
         loaded: Any = kind.from_pretrained(
@@ -64,11 +61,48 @@ def _read(
             ignore_mismatched_sizes=True,  # so that they are reported with the others
             output_loading_info=True,
         )
-    model: PreTrainedModel = loaded[0]
+    return _named(loaded[0], folder), loaded[1]
+
+
+def blank_model(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without numbers: its parameters are of the device `meta`, its buffers are there."""
+    kind, config, attention = _kind_of(load_config(folder))
+    with _without_numbers():
+        made: PreTrainedModel = kind._from_config(config, dtype=dtype, attn_implementation=attention)
+    return _named(made, folder)
+
+
+@contextlib.contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Inside, parameters that modules are given have shape and type alone; buffers are left as they are."""
+    register = nn.Module.register_parameter
+
+    def blank(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is blank already may be tied
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = blank  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _kind_of(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig, str]:
+    """The class of the causal model, its configuration, and its attention."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    attention = attention_for(config)
+    if kind.config_class == config.sub_configs.get("text_config"):  # of a model that sees, the part that reads
+        config = config.get_text_config()
+    return kind, config, attention
+
+
+def _named(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate():
         model.generation_config = _generation_config(folder)
-    return model, loaded[1]
+    return model
 
 
 def held_by(folder: Path, model: PreTrainedModel) -> dict[str, bool] | None:
@@ -77,23 +111,37 @@ def held_by(folder: Path, model: PreTrainedModel) -> dict[str, bool] | None:
     Read a piece at a time, where the folder holds every parameter as such or in parts (experts are stored one by one). None where
     it does not, as when several parameters are stored as one tensor.
     """
-    stored = StoredTensors(*weight_files(folder)).index
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)  # a tied parameter is stored under one of its names, or under all
-    held = {}
-    for parameter, own in names.items():
-        for name in own:
+    base = Base(folder, model)
+    held = {name: base.holds(name, parameter) for name, parameter in model.named_parameters()}
+    return None if None in held.values() else {name: bool(same) for name, same in held.items()}
+
+
+class Base:
+    """A folder's numbers, for one parameter of a model to be compared with at a time.
+
+    Args:
+        folder: of the weights.
+        model: that knows under which names, and in which parts, its parameters are stored.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self._stored, self._model = StoredTensors(*weight_files(folder)).index, model
+        self._names: dict[str, list[str]] = {}
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            # a tied parameter is stored under one of its names, or under all
+            self._names.setdefault(first.setdefault(id(parameter), name), []).append(name)
+
+    def holds(self, name: str, tensor: torch.Tensor) -> bool | None:
+        """Whether the folder has these numbers for a (whole) parameter; None where it is stored together with others."""
+        for own in self._names[name]:
             try:
-                parts = revert_weight_conversion(model, {name: parameter.detach()})
-            except (RuntimeError, ValueError, KeyError, IndexError):  # it is stored together with others
+                parts = revert_weight_conversion(self._model, {own: tensor.detach()})
+            except (RuntimeError, ValueError, KeyError, IndexError):
                 continue
-            if all(part in stored and stored[part].shape == tuple(tensor.shape) for part, tensor in parts.items()):
-                held[own[0]] = all(stored[part].equals(tensor) for part, tensor in parts.items())
-                break
-        else:
-            return None
-    return held
+            if all(part in self._stored and self._stored[part].shape == tuple(t.shape) for part, t in parts.items()):
+                return all(self._stored[part].equals(t) for part, t in parts.items())
+        return None
 
 
 class _Unread:

@@ -88,11 +88,29 @@ class RowModel:
         if self.packs:
             given["row"] = batch
         if self.head is not None:
-            return self.model.base_model(**given).last_hidden_state[0, batch.predicting_S], self.head
+            hidden_SH = self._as_a_whole(lambda: self.model.base_model(**given).last_hidden_state[0, batch.predicting_S])
+            return hidden_SH, self._head_now(self.head)
         logits_SV = self.model(**given, logits_to_keep=batch.predicting_S).logits[0]
         if logits_SV.shape[0] != len(batch.predicting_S):  # a model that has no logits_to_keep
             logits_SV = logits_SV[batch.predicting_S]
         return logits_SV, None
+
+    def _as_a_whole(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` gives, in place of the model's own forward pass: what is hooked to that, as the gathering of weights
+        from ranks is, happens around it."""
+        model: Any = self.model
+        before = model.__dict__.get("forward")
+        model.forward = compute
+        try:
+            found: torch.Tensor = model()
+            return found
+        finally:
+            _restore(model, before)
+
+    def _head_now(self, head: Head) -> Head:
+        """The head with its parameters as they are now: whole ones, where ranks hold parts between their uses."""
+        module: Any = self.model.get_output_embeddings()
+        return head._replace(weight_VH=module.weight, bias_V=module.bias)
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
         with torch.no_grad(), self.ready():

@@ -7,6 +7,7 @@ on another device they go through a small buffer. Reading costs what is made, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,6 +58,10 @@ class StoredTensor:
     def numel(self) -> int:
         """Numbers in it."""
         return math.prod(self.shape)
+
+    def part(self, start: int, count: int) -> StoredTensor:
+        """`count` of its flat elements, from `start`, as a tensor of one dimension."""
+        return StoredTensor(self.path, self.offset + start * self.dtype.itemsize, self.dtype, (count,))
 
     def read(self, *, device: torch.device = _CPU, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor on a device, in a type (its own, if none is given)."""
@@ -145,14 +151,38 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself.
+
+    Raises:
+        ModelError: it is not a whole safetensors file.
+    """
+    with _a_whole_file(path):
+        found: dict[str, str] = _entries(path)[2].get("__metadata__", {})
+        return found
+
+
+def _entries(path: Path) -> tuple[int, int, dict[str, Any]]:
+    """(bytes of the file, of its header, the header)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            raise ValueError("its header is cut off")
+        return size, length, json.loads(file.read(length))
+
+
+@contextlib.contextmanager
+def _a_whole_file(path: Path) -> Iterator[None]:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size:
-                raise ValueError("its header is cut off")
-            entries = json.loads(file.read(length))
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file: {error}", hint="fetch or copy it again") from None
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    with _a_whole_file(path):
+        size, length, entries = _entries(path)
         found = {}
         for name in sorted(entries.keys() - {"__metadata__"}):
             low, high = entries[name]["data_offsets"]
@@ -160,6 +190,4 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             if high - low != tensor.numel * tensor.dtype.itemsize or 8 + length + high > size:
                 raise ValueError(f"{name} is cut off")
             found[name] = tensor
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: not a whole safetensors file: {error}", hint="fetch or copy it again") from None
-    return found
+        return found

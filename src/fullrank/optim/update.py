@@ -13,6 +13,7 @@ gain changes the scale of activations and regularises nothing (Brown et al. 2020
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.optim.eightbit import BLOCK, CODES, SMALLEST, blocks
+from fullrank.optim.pieces import Gather, Piece, Pieces, assembled, parts_of
 from fullrank.optim.rounding import chunk_elements, kahan_, stochastic_, tensor_key
 from fullrank.optim.rules import Rule, Shape, rule_for
 from fullrank.optim.shelf import Shelf
@@ -42,21 +44,26 @@ class _Plan:
     """Slots stored in 8 bits."""
     stored: Mapping[str, tuple[Shape, torch.dtype]]
     """Kind -> shape and type of what is stored: slots, scales of the coded ones, the compensation."""
+    divided: frozenset[str]
+    """Kinds of which a rank stores its piece: what has a number for each of the tensor's, and scales."""
 
     @classmethod
-    def of(cls, optimizer: Optimizer, shape: Sequence[int], dtype: torch.dtype, *, rounding: str, hidden: bool) -> _Plan:
+    def of(cls, optimizer: Optimizer, piece: Piece, dtype: torch.dtype, *, rounding: str, hidden: bool) -> _Plan:
+        shape = piece.shape
         rule = rule_for(optimizer, shape, hidden=hidden)
         compute = _compute_type(dtype)
         codes = isinstance(optimizer, AdamW) and optimizer.moments == "int8"
         coded = codes and prod(shape) >= SMALLEST and compute == torch.float32
+        own = shape if piece.is_whole else (piece.count,)
         stored: dict[str, tuple[Shape, torch.dtype]] = {}
         for slot, slot_shape in rule.slots(shape).items():
-            stored[slot] = (slot_shape, CODES[slot].dtype if coded else compute)
+            stored[slot] = (own if slot_shape == shape else slot_shape, CODES[slot].dtype if coded else compute)
             if coded:
-                stored[f"{slot}.scale"] = ((blocks(prod(slot_shape)),), torch.float32)
+                stored[f"{slot}.scale"] = ((blocks(piece.count),), torch.float32)
         if rounding == "kahan" and dtype == torch.bfloat16:
-            stored["compensation"] = (tuple(shape), torch.bfloat16)
-        return cls(rule, frozenset(rule.slots(shape)) if coded else frozenset(), stored)
+            stored["compensation"] = (own, torch.bfloat16)
+        divided = () if piece.is_whole else (k for k in stored if rule.slots(shape).get(k, shape) == shape)
+        return cls(rule, frozenset(rule.slots(shape)) if coded else frozenset(), stored, frozenset(divided))
 
     def start(self, device: torch.device) -> dict[str, Tensor]:
         """State before the first update."""
@@ -64,7 +71,12 @@ class _Plan:
 
 
 def state_bytes(
-    optimizer: Optimizer, shapes: Mapping[str, Sequence[int]], *, rounding: Rounding, hidden: Collection[str] = ()
+    optimizer: Optimizer,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    rounding: Rounding,
+    hidden: Collection[str] = (),
+    ranks: int = 1,
 ) -> int:
     """Bytes of the state of parameters of these shapes once each was updated; without weights and gradients.
 
@@ -73,6 +85,7 @@ def state_bytes(
         shapes: by parameter name; fp32 where the rounding is none, else bf16.
         rounding: as for `Updater`.
         hidden: as for `Updater`.
+        ranks: among which parameters are divided, along their first dimension; of the rank that has most.
     """
     dtype = torch.float32 if rounding == "none" else torch.bfloat16
     hidden = frozenset(hidden)
@@ -80,9 +93,14 @@ def state_bytes(
         prod(stored_shape) * stored_dtype.itemsize
         for name, shape in shapes.items()
         for stored_shape, stored_dtype in _Plan.of(
-            optimizer, shape, dtype, rounding=rounding, hidden=name in hidden
+            optimizer, _largest_piece(shape, ranks), dtype, rounding=rounding, hidden=name in hidden
         ).stored.values()
     )
+
+
+def _largest_piece(shape: Sequence[int], ranks: int) -> Piece:
+    whole = tuple(shape)
+    return Piece(0, -(-whole[0] // ranks) * prod(whole[1:]) if whole else 1, whole)
 
 
 class Updater:
@@ -95,6 +113,8 @@ class Updater:
         hidden: names of matrices of blocks, which Muon orthogonalises.
         rates: factors on the learning rate by name; 1 where there is none.
         shelf: where state waits between updates; None keeps it on the parameters' device.
+        pieces: of the parameters that are pieces of larger tensors; all others are whole.
+        gather: puts pieces together, for rules that need whole tensors.
     """
 
     updates: dict[str, int]
@@ -109,6 +129,8 @@ class Updater:
         hidden: Collection[str] = (),
         rates: Mapping[str, float] = {},
         shelf: Shelf | None = None,
+        pieces: Mapping[str, Piece] = {},
+        gather: Gather | None = None,
     ) -> None:
         taken = {torch.float32, torch.float64} | ({torch.bfloat16} if rounding != "none" else set())
         if wrong := [name for name, p in parameters.items() if p.dtype not in taken]:
@@ -119,8 +141,10 @@ class Updater:
         self._weight_decay = optimizer.weight_decay
         self._rates = dict(rates)
         self._shelf = shelf
+        self._pieces = {n: pieces.get(n, Piece(0, p.numel(), tuple(p.shape))) for n, p in self._parameters.items()}
+        self._gather = gather
         self._plans = {
-            name: _Plan.of(optimizer, p.shape, p.dtype, rounding=rounding, hidden=name in hidden)
+            name: _Plan.of(optimizer, self._pieces[name], p.dtype, rounding=rounding, hidden=name in hidden)
             for name, p in self._parameters.items()
         }
         self._states: dict[str, dict[str, Tensor]] = {}
@@ -151,37 +175,73 @@ class Updater:
             self.updates[name] = step
 
     def _update(self, name: str, gradient: Tensor, state: dict[str, Tensor], step: int, rate: float, key: int) -> None:
-        p, plan = self._parameters[name], self._plans[name]
+        p, plan, piece = self._parameters[name], self._plans[name], self._pieces[name]
         compute = _compute_type(p.dtype)
-        weights, elements = p.data.view(-1), p.numel()
         gradients = gradient.to(compute).reshape(-1)
+        decay = self._weight_decay if len(piece.shape) >= 2 else 0.0
+        chance = tensor_key(key, name)
+        if not plan.rule.elementwise:
+            weight, grad, slots = self._whole(name, gradients, state)
+            plan.rule.update_(weight, grad, slots, step=step, learning_rate=rate, weight_decay=decay)
+            self._put_back(name, weight, slots, state, chance)
+            return
+        weights, elements = p.data.view(-1), p.numel()
         flat = {kind: tensor.view(-1) for kind, tensor in state.items()}
-        decay = self._weight_decay if p.ndim >= 2 else 0.0
         rounded = p.dtype != compute
-        whole = not plan.rule.elementwise or not (rounded or plan.coded)
-        for part in _stretches(elements, elements if whole else chunk_elements(p.device)):
+        for part in _stretches(elements, chunk_elements(p.device) if rounded or plan.coded else elements):
             scales = slice(part.start // BLOCK, blocks(part.stop))
-            weight = weights[part].to(compute)  # no copy where the type is the same already
-            if "compensation" in flat:
-                weight.add_(flat["compensation"][part])
-            slots: dict[str, Tensor] = {}
-            for slot in plan.rule.slots(p.shape):
+            weight = self._exact(weights[part], flat, part)
+            slots = {}
+            for slot in plan.rule.slots(piece.shape):
                 if slot in plan.coded:
                     slots[slot] = CODES[slot].decode(flat[slot][part], flat[f"{slot}.scale"][scales])
                 else:
-                    slots[slot] = flat[slot][part] if plan.rule.elementwise else state[slot]
-            grad = gradients[part]
-            if not plan.rule.elementwise:
-                weight, grad = weight.view(p.shape), grad.view(p.shape)
-            plan.rule.update_(weight, grad, slots, step=step, learning_rate=rate, weight_decay=decay)
+                    slots[slot] = flat[slot][part]
+            plan.rule.update_(weight, gradients[part], slots, step=step, learning_rate=rate, weight_decay=decay)
             for slot in plan.coded:
                 CODES[slot].encode(slots[slot], flat[slot][part], flat[f"{slot}.scale"][scales])
             if rounded:
-                self._round(weights[part], weight.view(-1), flat, part, tensor_key(key, name))
+                self._round(weights[part], weight, flat, part, chance, piece.start)
 
-    def _round(self, target: Tensor, values: Tensor, flat: Mapping[str, Tensor], part: slice, key: int) -> None:
+    def _exact(self, weights: Tensor, flat: Mapping[str, Tensor], part: slice) -> Tensor:
+        """A stretch of weights in the type that is computed in, with what rounding left over; no copy where that is theirs."""
+        weight = weights.to(_compute_type(weights.dtype))
+        return weight.add_(flat["compensation"][part]) if "compensation" in flat else weight
+
+    def _whole(self, name: str, gradients: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Weight, gradient and slots of the whole tensor, for a rule that looks at all of it."""
+        p, plan, piece = self._parameters[name], self._plans[name], self._pieces[name]
+        flat = {kind: tensor.view(-1) for kind, tensor in state.items()}
+        weight = self._exact(p.data.view(-1), flat, slice(None))
+        slots = {slot: self._gathered(piece, flat[slot]) if slot in plan.divided else state[slot] for slot in plan.rule.slots(piece.shape)}
+        return self._gathered(piece, weight), self._gathered(piece, gradients), slots
+
+    def _gathered(self, piece: Piece, elements: Tensor) -> Tensor:
+        if not piece.is_whole:
+            assert self._gather is not None, "rules that need whole tensors need a way to put pieces together"
+            elements = self._gather(piece, elements)
+        return elements.view(piece.shape)
+
+    def _put_back(
+        self, name: str, weight: Tensor, slots: Mapping[str, Tensor], state: Mapping[str, Tensor], chance: int
+    ) -> None:
+        """What the rule made of the whole tensor, to where this rank keeps its part."""
+        p, piece = self._parameters[name], self._pieces[name]
+        for slot in slots.keys() & self._plans[name].divided:
+            state[slot].copy_(slots[slot].view(-1)[piece.stretch])
+        own = weight.view(-1)[piece.stretch]
+        if p.dtype != own.dtype:
+            flat = {kind: tensor.view(-1) for kind, tensor in state.items()}
+            self._round(p.data.view(-1), own, flat, slice(None), chance, piece.start)
+        elif not piece.is_whole:  # else the rule has worked on the weights themselves
+            p.data.view(-1).copy_(own)
+
+    def _round(
+        self, target: Tensor, values: Tensor, flat: Mapping[str, Tensor], part: slice, chance: int, first: int
+    ) -> None:
+        """Rounds a stretch of a piece whose own first element is the `first` of the whole tensor."""
         if self._rounding == "stochastic":
-            stochastic_(target, values, key=key, start=part.start)
+            stochastic_(target, values, key=chance, start=first + (part.start or 0))
         elif self._rounding == "kahan":
             kahan_(target, flat["compensation"][part], values)
         else:
@@ -215,13 +275,22 @@ class Updater:
         for name in self.updates:
             for kind in self._plans[name].stored:
                 names.setdefault(kind, []).append(name)
+        return {kind: Pieces(self._of_kind(kind, of), self._divided(kind, of)) for kind, of in names.items()}
+
+    def _of_kind(self, kind: str, names: Sequence[str]) -> Mapping[str, Tensor]:
         if self._shelf is not None:
-            return {kind: _Shelved(self._shelf, kind, of) for kind, of in names.items()}
-        return {kind: {name: self._states[name][kind] for name in of} for kind, of in names.items()}
+            return _Shelved(self._shelf, kind, names)
+        return {name: self._states[name][kind] for name in names}
+
+    def _divided(self, kind: str, names: Sequence[str]) -> dict[str, Piece]:
+        return {name: self._pieces[name] for name in names if kind in self._plans[name].divided}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], updates: Mapping[str, int]) -> None:
         """Continues from a state, bit by bit: `tensors()` and `updates` as they were. Copies, one tensor at a time.
+
+        What was saved in pieces (`fullrank.optim.pieces.Parts`) may have been divided otherwise: then moments of 8 bits are coded
+        anew where blocks begin elsewhere; all else is the same.
 
         Raises:
             KeyError: a tensor is missing or belongs to no parameter.
@@ -231,7 +300,7 @@ class Updater:
         for name, count in updates.items():
             state: dict[str, Tensor] = {}
             for kind, (shape, dtype) in self._plans[name].stored.items():
-                found = tensors[kind][name]
+                found = self._found(tensors, kind, name)
                 if tuple(found.shape) != shape or found.dtype != dtype:
                     raise ValueError(f"{kind} of {name} is {found.dtype} {tuple(found.shape)}, not {dtype} {shape}")
                 if self._shelf is None:
@@ -241,6 +310,40 @@ class Updater:
             if self._shelf is None:
                 self._states[name] = state
             self.updates[name] = count
+
+    def _found(self, tensors: Mapping[str, Mapping[str, Tensor]], kind: str, name: str) -> Tensor:
+        """A saved tensor, of which this rank's piece where it is divided."""
+        plan, own = self._plans[name], self._pieces[name]
+        slot = kind.removesuffix(".scale")
+        there = parts_of(tensors[kind], name)
+        of_all_elements = plan.rule.slots(own.shape).get(slot, own.shape) == own.shape
+        if there is None or not of_all_elements or (own.is_whole and len(there) == 1):
+            return tensors[kind][name]
+        shape, dtype = plan.stored[kind]
+        for piece, read in there:
+            if piece == own:
+                return read(0, prod(shape)).view(shape)
+        if slot not in plan.coded:
+            return assembled(there, own, dtype).view(shape)
+        made = self._coded_anew(slot, tensors, name)
+        return made[kind]
+
+    def _coded_anew(self, slot: str, tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Tensor]:
+        """Codes and scales of this rank's piece out of those of pieces that were divided otherwise."""
+        own = self._pieces[name]
+        codes, scales = (parts_of(tensors[kind], name) or [] for kind in (slot, f"{slot}.scale"))
+        overlap = [
+            (piece, CODES[slot].decode(read(0, piece.count), read_scales(0, blocks(piece.count))))
+            for (piece, read), (_, read_scales) in zip(codes, scales, strict=True)
+            if piece.start < own.start + own.count and own.start < piece.start + piece.count
+        ]
+        parts = [(piece, functools.partial(_stretch, values)) for piece, values in overlap]
+        made = {
+            slot: torch.empty(own.count, dtype=CODES[slot].dtype),
+            f"{slot}.scale": torch.empty(blocks(own.count), dtype=torch.float32),
+        }
+        CODES[slot].encode(assembled(parts, own, torch.float32), made[slot], made[f"{slot}.scale"])
+        return {kind: tensor.view(self._plans[name].stored[kind][0]) for kind, tensor in made.items()}
 
     @property
     def changed(self) -> tuple[int, int]:
@@ -279,6 +382,10 @@ class _Shelved(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _stretch(values: Tensor, start: int, count: int) -> Tensor:
+    return values[start : start + count]
 
 
 def _label(kind: str, name: str) -> str:

@@ -150,7 +150,7 @@ class Blockwise(SingleDevice):
                 with self._wide(OUTSIDE):
                     self._make_room_for_the_heads_gradient()
                     for batch in micro_batches:
-                        if batch.supervised_tokens:
+                        if len(batch.targets_S):
                             rows.append(row := _Row(len(rows)))
                             loss += self._forward(row, batch.to(self.device), supervised_tokens)
                             self._fold(self._outside, outside)

@@ -27,6 +27,11 @@ def choose(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def count(device_type: str) -> int:
+    """Devices of that kind on this machine, where each can serve a process of its own; 1 elsewhere."""
+    return max(1, torch.cuda.device_count()) if device_type == "cuda" else 1
+
+
 def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """(precision, why it was chosen; empty where the recipe says it): `auto` is fp32 or bf16-mixed.
 

@@ -37,6 +37,13 @@ LADDER: dict[str, tuple[Recompute, ...]] = {
 }
 BLOCKWISE_LADDER: tuple[Recompute, ...] = ("block", "offload")
 
+
+def ladder_of(device: str, engine: str) -> tuple[Recompute, ...]:
+    """What may be recomputed by an engine that takes a step row by row. FSDP2 gathers a block's weights by hooks that offloading
+    would go around."""
+    return tuple(how for how in LADDER[device] if how != "offload" or engine == "single")
+
+
 _aten = torch.ops.aten
 #: Products, and attention as a CPU has it: elsewhere nothing is recomputed selectively (`fullrank.plan.stage`).
 _KEPT = {

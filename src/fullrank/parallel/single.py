@@ -37,18 +37,22 @@ class SingleDevice:
         self._precision = train.precision
         self.recompute = recompute
         self._shelves = [states] if states is not None else []
-        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._prepare(rows, train, states)
+        self._reached: dict[str, bool] = dict.fromkeys(self._named, False)
+        self.watch: Watch = unwatched
+        recompute_blocks(model, recompute)
+
+    def _prepare(self, rows: RowModel, train: Train, states: Shelf | None) -> None:
+        """Names what is trained and makes its optimizer."""
+        self._named = {name: p for name, p in rows.model.named_parameters() if p.requires_grad}
         self._updater = Updater(
             self._named,
             train.optimizer,
             rounding=train.rounding,
-            hidden=hidden_matrices(model),
-            rates=rates(model, train.optimizer.layer_decay),
+            hidden=hidden_matrices(rows.model),
+            rates=rates(rows.model, train.optimizer.layer_decay),
             shelf=states,
         )
-        self._reached: dict[str, bool] = dict.fromkeys(self._named, False)
-        self.watch: Watch = unwatched
-        recompute_blocks(model, recompute)
 
     def step(
         self, micro_batches: Iterable[MicroBatch], supervised_tokens: int, *, learning_rate: float, seed: int
@@ -60,7 +64,7 @@ class SingleDevice:
         try:
             with self.rows.ready():
                 for batch in micro_batches:
-                    if batch.supervised_tokens:
+                    if len(batch.targets_S):
                         with self.compute_type():
                             loss += add_gradients(self.rows, batch.to(self.device), supervised_tokens, self.watch)
             gradients = {name: p.grad for name, p in self._named.items() if p.grad is not None}

@@ -38,7 +38,8 @@ class Clock:
     def seconds(self, recipe: Recipe, choice: Choice) -> tuple[float, str]:
         """(seconds, what they rest on); 0 where nothing could be measured."""
         ground, work = self._ground, self._work
-        how = "block" if is_blockwise(recipe) else choice.recompute
+        divided = ground.engine == "fsdp2"
+        how = "block" if is_blockwise(recipe) and not divided else choice.recompute
         key = f"{how} {recipe.train.precision} {recipe.train.optimizer}"
         if key not in self._measured:
             self._measured[key] = speed.measure(
@@ -56,12 +57,16 @@ class Clock:
             return 0.0, "not estimated: measuring two blocks would take more than half of the memory"
         computed = work.needed_tokens * (1 - ground.looks.at(choice.budget_tokens).shared_ratio)
         per_token = measured.forward_backward_per_token
-        if memory.goes_twice(recipe):  # the second time no forward pass goes before it
+        if memory.goes_twice(recipe) and not divided:  # the second time no forward pass goes before it
             per_token += measured.forward_backward_per_token - measured.forward_per_token
+        device, basis = ground.machine.device, measured.basis
+        # Ranks on devices of their own work side by side; those of one CPU share it.
+        ranks = ground.world.size if device == "cuda" else 1 + (ground.world.size - 1) // ground.world.local_size
         seconds = (
             computed * per_token + work.steps * measured.optimizer_step + work.validation_tokens * measured.forward_per_token
-        )
-        device, basis = ground.machine.device, measured.basis
+        ) / ranks
+        if ground.world.size > 1:
+            basis += f"; shared by {ground.world.size} ranks, without what they tell one another"
         waits = memory.elsewhere(
             ground.base.facts,
             ground.shapes,

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel.blockwise import is_blockwise
+from fullrank.parallel.fsdp2 import Sync
 from fullrank.parallel.groups import Shapes
-from fullrank.parallel.recompute import BLOCKWISE_LADDER, LADDER, Recompute
+from fullrank.parallel.recompute import BLOCKWISE_LADDER, Recompute, ladder_of
+from fullrank.parallel.world import World
 from fullrank.plan import memory
-from fullrank.plan.memory import Row
+from fullrank.plan.memory import Division, Row
 from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, MachineFacts
 from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
+
+Engine = Literal["single", "fsdp2"]
 
 #: Tokens of a row beyond which matrix products gain nothing: past some hundreds a CPU's are at full rate, and longer rows only
 #: hold more activations (measured, see docs/LOG.md); accelerators want more.
@@ -33,6 +38,8 @@ class Choice:
     budget_tokens: int
     recompute: Recompute
     ledger: list[LedgerLine]
+    sync: Sync = "step"
+    """When ranks sum their gradients."""
 
     @property
     def peak_bytes(self) -> int:
@@ -51,6 +58,9 @@ class Ground:
     """Tokens of the longest example."""
     process_bytes: int
     eager: bool
+    world: World = World()
+    replicas: int = 1
+    engine: Engine = "single"
 
 
 def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
@@ -59,7 +69,10 @@ def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
     budgets = [_full_row(ground.looks, max(longest, _ROW_TOKENS[device]))]
     while budgets[-1] > longest:
         budgets.append(max(longest, budgets[-1] // 2))
-    for recompute in BLOCKWISE_LADDER if is_blockwise(recipe) else LADDER[device]:
+    if ground.engine == "fsdp2":
+        yield from _divided_choices(ground, recipe, budgets)
+        return
+    for recompute in BLOCKWISE_LADDER if is_blockwise(recipe) else ladder_of(device, ground.engine):
         for budget in budgets:
             lines = memory.ledger(
                 ground.base.facts,
@@ -72,6 +85,27 @@ def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
                 device=device,
             )
             yield Choice(budget, recompute, lines)
+
+
+def _divided_choices(ground: Ground, recipe: Recipe, budgets: list[int]) -> Iterator[Choice]:
+    """Gradients are summed after each row rather than that anything is computed again."""
+    syncs: tuple[Sync, ...] = ("step", "row")
+    for recompute in ladder_of(ground.machine.device, ground.engine):
+        for sync in syncs:
+            for budget in budgets:
+                laid = ground.looks.at(budget)
+                lines = memory.ledger(
+                    ground.base.facts,
+                    ground.shapes,
+                    laid.largest,
+                    recipe,
+                    recompute=recompute,
+                    process_bytes=ground.process_bytes,
+                    eager=ground.eager,
+                    device=ground.machine.device,
+                    division=Division(ground.world.size // ground.replicas, sync, laid.most_rows),
+                )
+                yield Choice(budget, recompute, lines, sync)
 
 
 def _full_row(looks: Looks, budget: int) -> int:
@@ -89,6 +123,8 @@ class Laid:
     """Never smaller than the longest example."""
     computed_tokens: int
     separate_tokens: int
+    most_rows: int
+    """Of a rank in a step."""
 
     @property
     def shared_ratio(self) -> float:
@@ -99,8 +135,8 @@ class Laid:
 class Looks:
     """What the run's first steps come to at a budget; each is laid out once."""
 
-    def __init__(self, store: TokenStore, order: Order, *, shared: bool) -> None:
-        self.store, self.order, self.shared = store, order, shared
+    def __init__(self, store: TokenStore, order: Order, *, shared: bool, ranks: int = 1) -> None:
+        self.store, self.order, self.shared, self.ranks = store, order, shared, ranks
         self._seen: dict[int, Laid] = {}
         steps = list(_step_tokens(store, order))
         self.needed_tokens = sum(steps)
@@ -112,16 +148,19 @@ class Looks:
         if budget not in self._seen:
             longest = self.store[int(self.store.lengths.argmax())]
             tokens, predictions, computed, separate = needed_tokens(longest), longest.supervised_targets, 0, 0
+            most_rows = 1
             for step in self.order.first_steps:
-                for row in self.step(step, budget):
+                rows = self.step(step, budget)
+                most_rows = max(most_rows, -(-len(rows) // self.ranks))
+                for row in rows:
                     tokens, predictions = max(tokens, row.tokens), max(predictions, len(row.targets_S))
                     computed, separate = computed + row.tokens, separate + row.separate_tokens
-            self._seen[budget] = Laid(Row(tokens, predictions, self._largest_step), computed, separate)
+            self._seen[budget] = Laid(Row(tokens, predictions, self._largest_step), computed, separate, most_rows)
         return self._seen[budget]
 
     def step(self, step: int, budget: int) -> list[MicroBatch]:
         """A step's rows."""
-        return micro_batches(self.store, self.order.step(step), budget, packed=True, shared=self.shared)
+        return micro_batches(self.store, self.order.step(step), budget, packed=True, shared=self.shared, ranks=self.ranks)
 
     def typical_row(self, budget: int) -> MicroBatch:
         """The middle one of the first step's."""

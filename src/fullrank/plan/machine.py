@@ -18,18 +18,20 @@ from fullrank.units import parse_bytes
 USABLE_SHARE = 0.9
 
 
-def look(machine: Machine, folder: Path) -> MachineFacts:
-    """The machine as it is now.
+def look(machine: Machine, folder: Path, ranks_here: int = 1) -> MachineFacts:
+    """The machine as it is now, for one rank: memory is of its device, or its part of what a CPU's ranks share.
 
     Args:
         machine: the recipe's machine section, device resolved.
         folder: where the run will be written (its nearest existing parent tells the disk).
+        ranks_here: on this machine.
     """
     device = devices.choose(machine.device)
     total, free = devices.memory_bytes(device)
     if device.type != "cuda":
         free += psutil.Process().memory_info().rss  # what this process already holds is counted in the ledger
-    limit = parse_bytes(machine.memory_limit) if machine.memory_limit is not None else int(USABLE_SHARE * free)
+    share = 1 if device.type == "cuda" else ranks_here
+    limit = parse_bytes(machine.memory_limit) if machine.memory_limit is not None else int(USABLE_SHARE * free / share)
     while not folder.exists():
         folder = folder.parent
     return MachineFacts(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fullrank.optim.update import state_bytes
 from fullrank.parallel.blockwise import is_blockwise
+from fullrank.parallel.fsdp2 import Sync
 from fullrank.parallel.groups import Shapes
 from fullrank.parallel.recompute import Recompute
 from fullrank.recipe import Recipe
@@ -47,6 +48,18 @@ class Row:
     """Of the largest step, all its rows."""
 
 
+@dataclass(frozen=True)
+class Division:
+    """Among how many ranks a model is divided."""
+
+    ranks: int
+    """That hold it once together."""
+    sync: Sync
+    """See `fullrank.parallel.fsdp2`."""
+    rows: int
+    """That a rank computes in a step, at most."""
+
+
 def block_activation_bytes(model: ModelFacts, tokens: int, number_bytes: int, *, tuned: bool, selective: bool = False) -> int:
     """Bytes autograd keeps for one block."""
     widths = (model.hidden_size, model.heads * model.head_dim, model.key_value_heads * model.head_dim, model.intermediate_size)
@@ -72,8 +85,9 @@ def ledger(
     process_bytes: int,
     eager: bool,
     device: str,
+    division: Division | None = None,
 ) -> list[LedgerLine]:
-    """The parts of the peak.
+    """The parts of the peak, of one rank.
 
     Args:
         model: sizes of the base model.
@@ -85,12 +99,16 @@ def ledger(
         eager: attention that materialises its scores (heads x T x T).
         device: on a CPU modules are tuned (`fullrank.models.tuned`), attention goes block by block, and weights of 16 bits are
             widened to compute with.
+        division: how weights, gradients and states are divided among ranks; None where they are not.
     """
     precision = recipe.train.precision
     lines = [LedgerLine(part="process", bytes=process_bytes, formula="measured before the model is loaded")]
-    lines += _weights(shapes, recipe, device)
-    lines += _gradients_and_states(shapes, recipe)
-    tuned = device == "cpu" and precision != "bf16-mixed"
+    if division is None:
+        lines += _weights(shapes, recipe, device)
+        lines += _gradients_and_states(shapes, recipe)
+    else:
+        lines += _divided(shapes, recipe, device, division)
+    tuned = device == "cpu" and precision != "bf16-mixed" and division is None
     number = 2 if precision == "bf16-mixed" or (recipe.train.rounding != "none" and device != "cpu") else 4
     activations = _activations(model, row, recipe, recompute, tuned=tuned, number=number, eager=eager)
     logits_number = 8 if number == 4 else 10
@@ -147,10 +165,44 @@ def weight_bytes(recipe: Recipe) -> int:
     return 4 if recipe.train.rounding == "none" else 2
 
 
-def states_bytes(shapes: Shapes, recipe: Recipe) -> int:
-    """Of the optimizer's states, wherever they are."""
+def states_bytes(shapes: Shapes, recipe: Recipe, ranks: int = 1) -> int:
+    """Of the optimizer's states, wherever they are; of the rank that has most."""
     train = recipe.train
-    return state_bytes(train.optimizer, shapes.trained, rounding=train.rounding, hidden=shapes.hidden)
+    return state_bytes(train.optimizer, shapes.trained, rounding=train.rounding, hidden=shapes.hidden, ranks=ranks)
+
+
+def _divided(shapes: Shapes, recipe: Recipe, device: str, division: Division) -> list[LedgerLine]:
+    """Weights, gradients and states of a rank, with what is whole for a while: what is outside the blocks through a row, and two
+    blocks, of which the next is gathered while one computes."""
+    ranks, weight = division.ranks, weight_bytes(recipe)
+    computes = 2 if recipe.train.precision == "bf16-mixed" or (weight == 2 and device != "cpu") else 4
+    outside = 2 if weight == 2 and device != "cpu" else 4
+    n, trained = shapes.parameters, shapes.trained_parameters
+    gathered = 2 * shapes.block * computes + shapes.outside * outside
+    lines = [
+        LedgerLine(part="weights", bytes=-(-weight * n // ranks), formula=f"N / {ranks} x {weight} B"),
+        LedgerLine(part="gathered", bytes=gathered, formula=f"2 x B x {computes} B + O x {outside} B (whole while they compute)"),
+    ]
+    kept, how = 4 * -(-trained // ranks), f"N' / {ranks} x 4 B"
+    if division.sync == "step" and division.rows > 1:
+        kept, how = kept + 4 * trained, f"{how} + N' x 4 B (whole until a step's last row)"
+    else:
+        whole = 2 * shapes.block_trained + shapes.outside_trained
+        kept, how = kept + 4 * whole, f"{how} + (2 x B' + O') x 4 B (whole until they are summed)"
+    states = states_bytes(shapes, recipe, ranks)
+    kind = recipe.train.optimizer.name
+    lines += [
+        LedgerLine(part="gradients", bytes=kept, formula=how),
+        LedgerLine(part="optimizer", bytes=states, formula=f"of {kind}, of the largest part"),
+    ]
+    if recipe.machine.optimizer_states != "device":
+        share = 2 * shapes.largest_tensor / max(1, trained)
+        lines[-1] = LedgerLine(part="optimizer", bytes=int(min(1.0, share) * states), formula="those of two tensors' parts")
+    if kind in ("adafactor", "adalomo", "muon"):
+        lines.append(
+            LedgerLine(part="update", bytes=24 * shapes.largest_tensor, formula="largest tensor x 24 B (gathered for its update)")
+        )
+    return lines
 
 
 def _weights(shapes: Shapes, recipe: Recipe, device: str) -> list[LedgerLine]:

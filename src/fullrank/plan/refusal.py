@@ -68,11 +68,13 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> I
         for changes in candidates:
             if ground.machine.device == "cuda":
                 changes = tuple(change.replace("states=disk", "states=host") for change in changes)
+            if ground.engine == "fsdp2":  # where each rank keeps its part of the gradients
+                changes = tuple(change for change in changes if not change.startswith("machine.gradients"))
             changed = _with(recipe, changes)
             if (
                 changed is None
                 or (is_blockwise(changed) and not ground.shapes.block)
-                or any(set(fewer) < set(changes) for fewer in fitting)
+                or any(set(fewer) <= set(changes) for fewer in fitting)
             ):
                 continue
             choice = next((c for c in choices(ground, changed) if c.peak_bytes <= ground.machine.memory_available_bytes), None)

@@ -7,16 +7,17 @@ as it is, so that a continued run computes its steps in the very same rows.
 
 from __future__ import annotations
 
-from fullrank.errors import FitError
+from fullrank.errors import FitError, UsageError
 from fullrank.meter import Meter, resident_bytes
 from fullrank.models.load import DTYPES, attention_for, drops
 from fullrank.models.resolved import ResolvedModel
 from fullrank.models.source import load_config
 from fullrank.optim.schedule import warmup_steps
 from fullrank.parallel.groups import shapes_of
+from fullrank.parallel.world import World
 from fullrank.plan import memory
 from fullrank.plan.clock import Clock, Work
-from fullrank.plan.layouts import Choice, Ground, Looks, choices
+from fullrank.plan.layouts import Choice, Engine, Ground, Looks, choices
 from fullrank.plan.machine import host_memory_bytes, look
 from fullrank.plan.refusal import memory_refusal
 from fullrank.recipe import Recipe
@@ -27,23 +28,25 @@ from fullrank.sequences.store import TokenStore
 from fullrank.units import format_bytes
 
 
-def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
-    """Plans a run, or finds the plan made before; refuses it when it does not fit now.
+def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = World()) -> Plan:
+    """Plans a run for some ranks, or finds the plan made before; refuses it when it does not fit now.
 
     Raises:
         FitError: memory or disk is too small; the message names the smallest change that fits.
+        UsageError: the ranks cannot be divided as the recipe says.
     """
     card = need_record(run.data / "card.json", DataCard, "plan")
-    machine = look(recipe.machine, run.root)
-    current = _fingerprint(recipe, card, base, machine)
+    engine = _engine(recipe, world)
+    machine = look(recipe.machine, run.root, world.local_size)
+    current = _fingerprint(recipe, card, base, machine, world)
     plan = read_record(run.plan_path, Plan)
-    if plan and plan.fits and (plan.fingerprint == current or _is_begun(plan, recipe, machine, run)):
+    if plan and plan.fits and (plan.fingerprint == current or _is_begun(plan, recipe, machine, run, engine, world)):
         run.tell("reused", stage="plan", what="the plan made before")
         _refuse_what_no_longer_fits(plan, machine, run)
     else:
         run.tell("started", stage="plan")
         with Meter() as meter:
-            plan = _make(recipe, run, base, machine, current, meter)
+            plan = _make(recipe, run, base, machine, current, meter, engine, world)
         write_record(run.plan_path, plan)
         run.tell("finished", stage="plan", seconds=plan.seconds)
     run.show("plan", plan=plan)
@@ -52,10 +55,37 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> Plan:
     return plan
 
 
-def _is_begun(plan: Plan, recipe: Recipe, machine: MachineFacts, run: Run) -> bool:
+def _engine(recipe: Recipe, world: World) -> Engine:
+    """What computes the steps.
+
+    Raises:
+        UsageError: what the recipe asks for goes not with these ranks, everything at once.
+    """
+    if world.size == 1 and recipe.parallel.engine == "auto":
+        return "single"
+    problems = []
+    if world.size % recipe.parallel.replicas:
+        problems.append(f"parallel.replicas: {recipe.parallel.replicas} does not divide {world.size} ranks")
+    if recipe.machine.gradients in ("release", "spill") and recipe.train.optimizer.name not in ("lomo", "adalomo"):
+        problems.append(
+            f"machine.gradients: {recipe.machine.gradients} is for one process; of several ranks each keeps its part of them"
+        )
+    if problems:
+        raise UsageError("\n".join(problems), hint="leave machine.gradients out, and choose replicas that divide the ranks")
+    return "fsdp2"
+
+
+def _is_begun(plan: Plan, recipe: Recipe, machine: MachineFacts, run: Run, engine: Engine, world: World) -> bool:
     """Whether training goes by this plan already, and the recipe has not moved to other places since."""
-    waits = (plan.machine.device, plan.gradients, plan.optimizer_states)
-    wanted = (machine.device, recipe.gradients, recipe.machine.optimizer_states)
+    waits = (plan.machine.device, plan.gradients, plan.optimizer_states, plan.engine, plan.ranks, plan.replicas)
+    wanted = (
+        machine.device,
+        recipe.gradients,
+        recipe.machine.optimizer_states,
+        engine,
+        world.size,
+        recipe.parallel.replicas,
+    )
     return (run.train / "inputs.json").is_file() and waits == wanted
 
 
@@ -74,10 +104,12 @@ def _refuse_what_no_longer_fits(plan: Plan, machine: MachineFacts, run: Run) -> 
     )
 
 
-def _fingerprint(recipe: Recipe, card: DataCard, base: ResolvedModel, machine: MachineFacts) -> str:
+def _fingerprint(recipe: Recipe, card: DataCard, base: ResolvedModel, machine: MachineFacts, world: World) -> str:
     return fingerprint(
         recipe.train.model_dump(mode="json"),
         recipe.machine.model_dump(mode="json"),
+        recipe.parallel.model_dump(mode="json"),
+        [world.size, world.local_size],
         recipe.export.model_dump(mode="json"),
         card.training_fingerprint,
         base.facts.fingerprint,
@@ -85,16 +117,34 @@ def _fingerprint(recipe: Recipe, card: DataCard, base: ResolvedModel, machine: M
     )
 
 
-def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, current: str, meter: Meter) -> Plan:
+def _make(
+    recipe: Recipe,
+    run: Run,
+    base: ResolvedModel,
+    machine: MachineFacts,
+    current: str,
+    meter: Meter,
+    engine: Engine,
+    world: World,
+) -> Plan:
     store = TokenStore(run.data / "train")
     validation = TokenStore(run.data / "validation")
     order = Order(len(store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
     process_bytes = 0 if machine.device == "cuda" else resident_bytes()
     config = load_config(base.folder)
-    looks = Looks(store, order, shared=not drops(config))
+    looks = Looks(store, order, shared=not drops(config), ranks=world.size)
     longest = int(max(store.lengths.max(), validation.lengths.max()))
     ground = Ground(
-        base, machine, shapes_of(config, recipe.train.frozen), looks, longest, process_bytes, attention_for(config) == "eager"
+        base,
+        machine,
+        shapes_of(config, recipe.train.frozen),
+        looks,
+        longest,
+        process_bytes,
+        attention_for(config) == "eager",
+        world,
+        recipe.parallel.replicas,
+        engine,
     )
     ways = list(choices(ground, recipe))
     choice = next((way for way in ways if way.peak_bytes <= machine.memory_available_bytes), ways[-1])
@@ -118,8 +168,12 @@ def _make(recipe: Recipe, run: Run, base: ResolvedModel, machine: MachineFacts, 
         trained_parameters=ground.shapes.trained_parameters,
         precision=recipe.train.precision,  # `auto` is resolved by now
         gradients=recipe.gradients,
-        backward_passes=2 if memory.goes_twice(recipe) else 1,
+        backward_passes=2 if engine == "single" and memory.goes_twice(recipe) else 1,
         optimizer_states=recipe.machine.optimizer_states,
+        engine=engine,
+        ranks=world.size,
+        replicas=recipe.parallel.replicas,
+        sync=choice.sync,
         examples=len(store),
         steps=order.steps,
         steps_per_epoch=order.steps_per_epoch,

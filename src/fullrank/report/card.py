@@ -180,6 +180,11 @@ def _training(report: Report) -> str:
             f"{proof.export_dtype} weights give the logits of the trained model bit for bit "
             f"({plural(proof.export_probe_tokens, 'token')} compared)"
         )
+    elif proof.export_weights_identical:
+        facts.append(
+            f"{proof.changed_tensors:,} of {proof.trainable_tensors:,} trainable tensors changed in training; the weights that a "
+            f"fresh process loads are bit for bit those of the ranks, in {proof.export_dtype}"
+        )
     return "## Training\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 

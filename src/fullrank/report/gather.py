@@ -407,7 +407,7 @@ def _training_rules(train: TrainCard) -> tuple[Rule, ...]:
     never = f", {len(proof.never_reached_tensors)} never reached by a gradient" if proof.never_reached_tensors else ""
     if proof.unmoved_tensors:
         never += f", {len(proof.unmoved_tensors)} left where they were by rounding to 16 bits"
-    export_holds = proof.export_logits_identical and proof.export_keys_equal and proof.ties_kept and proof.tokenizer_travels
+    export_holds = proof.export_is_the_model and proof.export_keys_equal and proof.ties_kept and proof.tokenizer_travels
     return (
         Rule(
             "The validation loss of the exported weights is below the base model's",
@@ -421,7 +421,7 @@ def _training_rules(train: TrainCard) -> tuple[Rule, ...]:
         ),
         Rule(
             "The export, reloaded in a fresh process, is the trained model",
-            "same logits, tensor names and ties" if export_holds else "it differs; see the proof table",
+            f"same {'weights' if proof.export_logits_identical is None else 'logits'}, tensor names and ties" if export_holds else "it differs; see the proof table",
             export_holds,
         ),
     )

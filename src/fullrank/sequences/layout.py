@@ -58,6 +58,20 @@ class MicroBatch:
     def supervised_tokens(self) -> int:
         return self.owner_P.numel()
 
+    def idle(self) -> MicroBatch:
+        """The same row, which counts for nothing: its loss and its gradients are zeros. For a rank that has fewer rows than
+        another, since ranks compute in step."""
+        nothing = self.owner_P.new_empty(0)
+        return replace(
+            self,
+            times_S=torch.zeros_like(self.times_S),
+            entry_P=nothing,
+            owner_P=nothing,
+            examples=(),
+            separate_tokens=0,
+            memo={},
+        )
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same row on a device."""
         if device == self.input_ids_1T.device:
@@ -78,7 +92,13 @@ def needed_tokens(example: Example) -> int:
 
 
 def micro_batches(
-    store: TokenStore, examples: Sequence[int] | np.ndarray, budget_tokens: int, *, packed: bool, shared: bool = True
+    store: TokenStore,
+    examples: Sequence[int] | np.ndarray,
+    budget_tokens: int,
+    *,
+    packed: bool,
+    shared: bool = True,
+    ranks: int = 1,
 ) -> list[MicroBatch]:
     """Lays examples out into rows of at most `budget_tokens` (an example longer than that has a row of its own).
 
@@ -92,14 +112,44 @@ def micro_batches(
         budget_tokens: most tokens of a row.
         packed: False puts every example into a row of its own, for models that cannot keep packed examples apart.
         shared: False lays every token of every example out, for models that cannot share them.
+        ranks: that the rows will be dealt to (`dealt`): as many rows for each, about equally long, as far as the examples allow.
     """
     whole = [(int(e), store[int(e)]) for e in examples]
     if not packed:
         return [row_of([one], shared=False) for one in whole]
     inputs = [example.ids[: needed_tokens(example)] for _, example in whole]
-    groups = _alike(inputs, budget_tokens) if shared else [([n], len(ids)) for n, ids in enumerate(inputs)]
-    rows = _spread(groups, budget_tokens)
+
+    def grouped(budget: int) -> list[tuple[list[int], int]]:
+        return _alike(inputs, budget) if shared else [([n], len(ids)) for n, ids in enumerate(inputs)]
+
+    groups = grouped(budget_tokens)
+    if ranks > 1:  # what stays together may not be more than a rank's part
+        part = -(-sum(tokens for _, tokens in groups) // ranks)
+        budget_tokens = min(budget_tokens, max(part, max(map(len, inputs), default=0)))
+        groups = grouped(budget_tokens)
+    rows = _spread(groups, budget_tokens, ranks)
     return [row_of([whole[n] for n in row], shared=shared) for row in rows]
+
+
+def dealt(rows: Sequence[MicroBatch], ranks: int) -> list[list[MicroBatch]]:
+    """The rows of each rank, as many for one as for another: rows of about equal length are computed at the same time.
+
+    Rows are taken by decreasing length, `ranks` of them at a time, the longest for the rank that has least so far. Where rows run
+    out, a rank gets the shortest one once more, idle (`MicroBatch.idle`).
+    """
+    rows = [row for row in rows if len(row.targets_S)]
+    if ranks == 1:
+        return [rows]
+    by_length = sorted(rows, key=lambda row: -row.tokens)
+    hands: list[list[MicroBatch]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for start in range(0, len(by_length), ranks):
+        takers = sorted(range(ranks), key=lambda rank: (load[rank], rank))
+        for number, rank in enumerate(takers):
+            row = by_length[start + number] if start + number < len(by_length) else by_length[-1].idle()
+            hands[rank].append(row)
+            load[rank] += row.tokens
+    return hands
 
 
 def _alike(inputs: Sequence[np.ndarray], budget_tokens: int) -> list[tuple[list[int], int]]:
@@ -148,8 +198,9 @@ def _cuts(lengths: Sequence[int], more: Sequence[int], budget_tokens: int) -> li
     return cuts[::-1]
 
 
-def _spread(groups: Sequence[tuple[list[int], int]], budget_tokens: int) -> list[list[int]]:
-    """Groups -> rows: as few as first-fit decreasing needs, filled evenly where that does not take more of them."""
+def _spread(groups: Sequence[tuple[list[int], int]], budget_tokens: int, ranks: int) -> list[list[int]]:
+    """Groups -> rows: as few as first-fit decreasing needs, and then so many that each rank has one more or none; filled evenly
+    where they then keep to the budget."""
     by_size = sorted(groups, key=lambda group: (-group[1], group[0]))
     fitted: list[list[int]] = []
     room: list[int] = []
@@ -161,8 +212,9 @@ def _spread(groups: Sequence[tuple[list[int], int]], budget_tokens: int) -> list
         else:
             fitted[row] += members
             room[row] -= tokens
-    even: list[list[int]] = [[] for _ in fitted]
-    load = [0] * len(fitted)
+    count = min(-(-len(fitted) // ranks) * ranks, len(groups))
+    even: list[list[int]] = [[] for _ in range(count)]
+    load = [0] * count
     for members, tokens in by_size:
         row = min(range(len(load)), key=load.__getitem__)
         even[row] += members

@@ -40,7 +40,7 @@ def token_losses(model: Predictor, batch: MicroBatch) -> torch.Tensor:
 
     `batch.times_S` says how often each counts, `batch.entry_P` which one each supervised token is.
     """
-    if batch.supervised_tokens == 0:
+    if not len(batch.targets_S):
         return batch.targets_S.new_zeros(0, dtype=torch.float32)
     with torch.no_grad():
         found, own_head = model.predictions(batch)

@@ -1,7 +1,7 @@
 """The heart: a generator of facts, one row a step.
 
 For each step it lays out the step's examples, counts their supervised tokens before the first backward, lets the engine execute
-the step, and yields what happened. It writes, decides and stops nothing: its one consumer does.
+this rank's part of the step, and yields what happened. It writes, decides and stops nothing: its one consumer does.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 from fullrank.meter import resident_bytes
 from fullrank.optim.schedule import learning_rate
 from fullrank.parallel.engine import Engine, StepOutcome
+from fullrank.parallel.world import World
 from fullrank.recipe import Train
 from fullrank.records import StepRow
-from fullrank.sequences.layout import MicroBatch, micro_batches
+from fullrank.sequences.layout import MicroBatch, dealt, micro_batches
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import TokenStore
 
@@ -35,15 +36,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become rows: the plan's budget, and what the model keeps apart."""
+    """How examples become rows, and rows come to ranks: the plan's budget, and what the model keeps apart."""
 
     budget_tokens: int
     packed: bool
     shared: bool
+    ranks: int = 1
 
     def rows(self, store: TokenStore, examples: np.ndarray) -> list[MicroBatch]:
-        """The micro-batches of some examples."""
-        return micro_batches(store, examples, self.budget_tokens, packed=self.packed, shared=self.shared)
+        """The micro-batches of some examples, of all ranks."""
+        return micro_batches(
+            store, examples, self.budget_tokens, packed=self.packed, shared=self.shared, ranks=self.ranks
+        )
 
 
 def steps(
@@ -54,18 +58,23 @@ def steps(
     layout: Layout,
     *,
     first: int,
+    world: World = World(),
     interruptible: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
 ) -> Iterator[Step]:
     """Executes the steps from `first` (1-based) to the last.
 
     Args:
+        engine: takes this rank's rows.
+        layout: of the rows of all ranks.
+        world: the ranks; each of them runs this loop.
         interruptible: wraps each step's rows; what it raises between rows ends the generator before the update.
     """
     started = time.monotonic()
     for step, examples, rows in laid_out_ahead(store, order, layout, range(first, order.steps + 1)):
         supervised_tokens = sum(row.supervised_tokens for row in rows)
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, step, order.steps)
-        outcome = engine.step(interruptible(rows), supervised_tokens, learning_rate=rate, seed=step_seed(train.seed, step))
+        own = dealt(rows, world.size)[world.rank]
+        outcome = engine.step(interruptible(own), supervised_tokens, learning_rate=rate, seed=step_seed(train.seed, step))
         row = StepRow(
             step=step,
             epoch=order.epoch_after(step),
@@ -107,9 +116,10 @@ def step_seed(seed: int, step: int) -> int:
     return (seed << 32) + step
 
 
-def validation_loss(engine: Engine, store: TokenStore, layout: Layout) -> float:
-    """Mean loss over the supervised tokens of a store, nats: the loss law over all of it, whatever the rows."""
+def validation_loss(engine: Engine, store: TokenStore, layout: Layout, world: World = World()) -> float:
+    """Mean loss over the supervised tokens of a store, nats: the loss law over all of it, whatever the rows and ranks."""
     rows = layout.rows(store, np.arange(len(store)))
-    losses = zip(rows, engine.losses(rows), strict=True)
-    total = sum(float(losses_S.double().cpu() @ row.times_S.double()) for row, losses_S in losses)
+    own = dealt(rows, world.size)[world.rank]
+    losses = zip(own, engine.losses(own), strict=True)
+    (total,) = world.summed(sum(float(losses_S.double().cpu() @ row.times_S.double()) for row, losses_S in losses))
     return total / sum(row.supervised_tokens for row in rows)

@@ -20,8 +20,10 @@ from fullrank.meter import Meter
 from fullrank.parallel import device as devices
 from fullrank.parallel.blockwise import Blockwise
 from fullrank.parallel.engine import StepOutcome
+from fullrank.parallel.fsdp2 import Sync
 from fullrank.parallel.quiet import give_back
-from fullrank.parallel.recompute import BLOCKWISE_LADDER, LADDER, Recompute
+from fullrank.parallel.recompute import BLOCKWISE_LADDER, Recompute, ladder_of
+from fullrank.parallel.world import World
 from fullrank.records import Plan, Rehearsal
 from fullrank.run import Run, fingerprint, read_record, write_record
 from fullrank.sequences.layout import MicroBatch
@@ -42,29 +44,33 @@ def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tup
     before = read_record(path, Rehearsal)
     planned = fingerprint(
         [plan.micro_batch_tokens, plan.recompute, plan.gradients, plan.optimizer_states],
+        [plan.engine, plan.ranks, plan.replicas, plan.sync],
         [plan.peak_bytes_predicted, plan.machine.memory_available_bytes],
     )
     if before is not None and before.planned == planned:
-        changed = (before.micro_batch_tokens, before.recompute) != (plan.micro_batch_tokens, plan.recompute)
-        return setup.amended(before.micro_batch_tokens, before.recompute) if changed else setup, before
+        layout = (before.micro_batch_tokens, before.recompute, before.sync)
+        changed = layout != (plan.micro_batch_tokens, plan.recompute, plan.sync)
+        return setup.amended(*layout) if changed else setup, before
     run.show("rehearsing")
     amendments: list[str] = []
     longest = int(max(setup.store.lengths.max(), validation.lengths.max()))
-    for budget, recompute in _layouts(plan, longest, blockwise=isinstance(setup.engine, Blockwise)):
+    for budget, recompute, sync in _layouts(plan, longest, blockwise=isinstance(setup.engine, Blockwise)):
         if amendments:
             give_back()
-            setup = setup.amended(budget, recompute)
-        problem, peak, seconds = _tried(setup, run, plan, validation)
+            setup = setup.amended(budget, recompute, sync)
+        problem, peak, seconds = _worst_of(setup.world, *_tried(setup, run, plan, validation))
         if problem is None:
             found = Rehearsal(
                 micro_batch_tokens=budget,
                 recompute=recompute,
+                sync=sync,
                 planned=planned,
                 peak_bytes=peak,
                 save_seconds=seconds,
                 amendments=amendments,
             )
-            write_record(path, found)
+            if setup.world.is_first:
+                write_record(path, found)
             run.tell("rehearsed", peak_bytes=peak, planned_bytes=plan.peak_bytes_predicted, amendments=amendments)
             return setup, found
         amendments.append(f"rows of {budget} tokens, recomputation {recompute}: {problem}")
@@ -74,16 +80,26 @@ def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tup
     )
 
 
-def _layouts(plan: Plan, longest: int, *, blockwise: bool) -> Iterator[tuple[int, Recompute]]:
-    """(tokens of a row, recomputation): the plan's, then ever smaller ones."""
-    budget = plan.micro_batch_tokens
-    yield budget, plan.recompute
+def _layouts(plan: Plan, longest: int, *, blockwise: bool) -> Iterator[tuple[int, Recompute, Sync]]:
+    """(tokens of a row, recomputation, when ranks sum gradients): the plan's, then ever smaller ones."""
+    budget, sync = plan.micro_batch_tokens, plan.sync
+    yield budget, plan.recompute, sync
     while budget > longest:
         budget = max(longest, budget // 2)
-        yield budget, plan.recompute
-    ladder = BLOCKWISE_LADDER if blockwise else LADDER[plan.machine.device]
+        yield budget, plan.recompute, sync
+    if sync == "step" and plan.engine == "fsdp2":
+        sync = "row"
+        yield budget, plan.recompute, sync
+    ladder = BLOCKWISE_LADDER if blockwise else ladder_of(plan.machine.device, plan.engine)
     for recompute in ladder[ladder.index(plan.recompute) + 1 :]:
-        yield budget, recompute
+        yield budget, recompute, sync
+
+
+def _worst_of(world: World, problem: str | None, peak: int, seconds: float) -> tuple[str | None, int, float]:
+    """What the rank with most trouble found: all of them lay out anew, or none."""
+    told = world.gathered([problem, peak, seconds])
+    problems = [f"rank {rank}: {words}" if world.size > 1 else words for rank, (words, _, _) in enumerate(told) if words]
+    return "; ".join(problems) or None, max(peak for _, peak, _ in told), max(seconds for _, _, seconds in told)
 
 
 def _tried(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[str | None, int, float]:
@@ -100,14 +116,15 @@ def _tried(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[
                     raise _not_finite(setup, rows, outcome)
             list(setup.engine.losses(setup.layout.rows(validation, validation.lengths.argsort()[-1:])))
             started = time.monotonic()
-            checkpoint.save(trial, 0, setup.engine.state(), {})
+            checkpoint.save(trial, 0, setup.engine.state(), {}, setup.world)
             seconds = time.monotonic() - started
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or setup.world.size > 1:  # the other ranks wait within the step, and cannot be told
                 raise
             return "out of memory", meter.peak_bytes, seconds
         finally:
-            shutil.rmtree(trial, ignore_errors=True)
+            if setup.world.is_first:
+                shutil.rmtree(trial, ignore_errors=True)
             setup.engine.forget()
     peak = devices.device_peak_bytes(setup.device) or meter.peak_bytes
     limit = plan.machine.memory_available_bytes

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fullrank.errors import UsageError
 from fullrank.models.load import load_model
 from fullrank.models.resolved import ResolvedModel
 from fullrank.models.rows import RowModel
@@ -15,8 +17,11 @@ from fullrank.models.widened import Widened
 from fullrank.optim.shelf import InHost, OnDisk, Shelf
 from fullrank.parallel import device as devices
 from fullrank.parallel.blockwise import Blockwise, is_blockwise
+from fullrank.parallel.fsdp2 import Fsdp2, Sync
 from fullrank.parallel.groups import freeze
+from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
+from fullrank.parallel.world import World
 from fullrank.recipe import Recipe
 from fullrank.records import Plan
 from fullrank.run import Run
@@ -42,38 +47,73 @@ class Setup:
     order: Order
     waiting: Path
     """Folder of what waits in files."""
+    world: World
+    mesh: DeviceMesh | None
+    """That the model is divided on; None where it is not."""
 
-    def amended(self, budget_tokens: int, recompute: str) -> Setup:
-        """The same with other rows, or another recomputation; the engine is as new."""
+    def amended(self, budget_tokens: int, recompute: str, sync: Sync) -> Setup:
+        """The same with other rows, another recomputation, or gradients summed at other times; the engine is as new."""
         self.engine.close()
-        engine = engine_for(self.recipe, self.rows, recompute, self.waiting)
+        engine = engine_for(self.recipe, self.rows, recompute, self.waiting, self.world, self.mesh, sync)
         return replace(self, layout=replace(self.layout, budget_tokens=budget_tokens), engine=engine)
 
 
-def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan) -> Setup:
-    """Loads the model and asks it what it can do; what it cannot is told to the run.
+def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: World = World()) -> Setup:
+    """Loads the model, or this rank's part of it, and asks it what it can do; what it cannot is told to the run.
 
     Raises:
-        UsageError: a pattern of `train.frozen` matches nothing.
+        UsageError: a pattern of `train.frozen` matches nothing, or the plan is for another number of ranks.
         ModelError: the model's gradients cannot be released block by block, as the recipe wants.
     """
+    if plan.ranks != world.size:
+        raise UsageError(
+            f"{run.plan_path}: a plan for {plan.ranks} ranks, of which {world.size} are here",
+            hint="`fullrank plan` under the same launcher makes one for them",
+        )
     device = devices.choose(plan.machine.device)
     devices.reset_peak(device)
     store = TokenStore(run.data / "train")
-    rows = load_rows(recipe, base.folder, device)
+    mesh = mesh_of(world, plan.replicas, device.type) if plan.engine == "fsdp2" else None
+    rows = load_rows(recipe, base.folder, device) if mesh is None else load_divided(recipe, base.folder, mesh)
     if rows.why:
         run.tell("note", stage="train", words=rows.why)
-    waiting = run.train / "waiting"
+    waiting = run.train / "waiting" / str(world.rank)
     return Setup(
         recipe=recipe,
         device=device,
         rows=rows,
-        engine=engine_for(recipe, rows, plan.recompute, waiting),
-        layout=Layout(plan.micro_batch_tokens, rows.packs, rows.shares),
+        engine=engine_for(recipe, rows, plan.recompute, waiting, world, mesh, plan.sync),
+        layout=Layout(plan.micro_batch_tokens, rows.packs, rows.shares, world.size),
         store=store,
         order=Order(len(store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed),
         waiting=waiting,
+        world=world,
+        mesh=mesh,
     )
+
+
+def mesh_of(world: World, replicas: int, device_type: str) -> DeviceMesh:
+    """All ranks, as a line that divides a model, or as rows that repeat it."""
+    if replicas == 1:
+        return init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def load_divided(recipe: Recipe, folder: Path, mesh: DeviceMesh) -> RowModel:
+    """As `load_rows`, of which each rank holds its part.
+
+    Raises:
+        UsageError: a pattern of `train.frozen` matches nothing.
+    """
+    of_16_bits = recipe.train.rounding != "none"
+    compute_type = None
+    if of_16_bits and mesh.device_type == "cpu":
+        compute_type = torch.float32
+    elif recipe.train.precision == "bf16-mixed":
+        compute_type = torch.bfloat16
+    dtype = torch.bfloat16 if of_16_bits else torch.float32
+    model = load_sharded(folder, mesh, dtype=dtype, compute_type=compute_type, frozen=recipe.train.frozen)
+    return RowModel(model)
 
 
 def load_rows(recipe: Recipe, folder: Path, device: torch.device) -> RowModel:
@@ -88,14 +128,25 @@ def load_rows(recipe: Recipe, folder: Path, device: torch.device) -> RowModel:
     return RowModel(model, adds_gradients=True, widened=Widened(model) if of_16_bits and device.type == "cpu" else None)
 
 
-def engine_for(recipe: Recipe, rows: RowModel, recompute: str, waiting: Path) -> SingleDevice:
+def engine_for(
+    recipe: Recipe,
+    rows: RowModel,
+    recompute: str,
+    waiting: Path,
+    world: World = World(),
+    mesh: DeviceMesh | None = None,
+    sync: Sync = "step",
+) -> SingleDevice:
     """The engine that a recipe asks for.
 
     Args:
         recipe: `auto` resolved.
-        rows: see `load_rows`.
+        rows: see `load_rows` and `load_divided`.
         recompute: see `fullrank.parallel.recompute`.
         waiting: folder of what waits in files; emptied.
+        world: the ranks.
+        mesh: that the model is divided on, if it is.
+        sync: see `fullrank.parallel.fsdp2`.
 
     Raises:
         ModelError: the model's gradients cannot be released block by block, as the recipe wants.
@@ -109,6 +160,8 @@ def engine_for(recipe: Recipe, rows: RowModel, recompute: str, waiting: Path) ->
     is_cuda = rows.model.device.type == "cuda"
     states = recipe.machine.optimizer_states
     shelf = None if states == "device" else elsewhere("states", on_disk=states == "disk")
+    if mesh is not None:
+        return Fsdp2(rows, recipe.train, world=world, mesh=mesh, recompute=recompute, sync=sync, states=shelf)
     if not is_blockwise(recipe):
         return SingleDevice(rows, recipe.train, recompute=recompute, states=shelf)
     return Blockwise(

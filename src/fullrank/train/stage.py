@@ -17,12 +17,14 @@ import torch
 from fullrank.errors import FitError, ProofError, Stopped, UsageError
 from fullrank.loading import differences
 from fullrank.meter import Meter
-from fullrank.models.export import export_dtype
+from fullrank.models.export import export_dtype, tied_parameters
 from fullrank.models.load import load_tokenizer
 from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
+from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.parallel.world import World
 from fullrank.recipe import EarlyStopping, Recipe
 from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
 from fullrank.run import (
@@ -52,8 +54,11 @@ _SHORTEST_GAP_SECONDS = 60.0
 _PROBE_TOKENS = 512
 
 
-def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
-    """Trains, proves and exports, or finds it done.
+def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = World()) -> TrainCard | None:
+    """Trains, proves and exports, or finds it done; all ranks do it together, and the first one writes what is written once.
+
+    Returns:
+        The card on the first rank.
 
     Raises:
         Stopped: after SIGINT or SIGTERM, with the state saved.
@@ -75,8 +80,9 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
     with Meter() as meter:
         try:
             with quiet():
-                training = _Training(recipe, run, base, data, plan, meter)
-                _begin(run, inputs)
+                training = _Training(recipe, run, base, data, plan, meter, world)
+                if world.is_first:
+                    _begin(run, inputs)
                 training.fit()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -87,9 +93,11 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> TrainCard:
                 hint=f"set machine.memory_limit lower and delete {run.plan_path}: a new plan takes smaller rows",
             ) from error
         checked = training.export()
+    if checked is None:
+        return None
     card = training.card(current, checked)
     write_record(run.train / "card.json", card)
-    for leftover in (training.checkpoints, training.best_folder, training.waiting):
+    for leftover in (training.checkpoints, training.best_folder, run.train / "waiting"):
         shutil.rmtree(leftover, ignore_errors=True)
     run.tell("finished", stage="train", seconds=card.seconds, steps=card.steps, validation_loss=card.validation_loss_best)
     return card
@@ -176,19 +184,21 @@ class _Progress:
 class _Training:
     """One sitting of a training run."""
 
-    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, plan: Plan, meter: Meter) -> None:
-        self.recipe, self.run, self.base, self.data, self.meter = recipe, run, base, data, meter
+    def __init__(
+        self, recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, plan: Plan, meter: Meter, world: World
+    ) -> None:
+        self.recipe, self.run, self.base, self.data, self.meter, self.world = recipe, run, base, data, meter, world
         self.checkpoints = run.train / "checkpoints"
         self.best_folder = run.train / "best"
         self.steps_path = run.train / "steps.jsonl"
         self.ledger_path = run.train / "ledger.jsonl"
         self.validation_store = TokenStore(run.data / "validation")
         self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
-        setup, rehearsal = rehearsed(set_up(recipe, run, base, plan), run, plan, self.validation_store)
+        setup, rehearsal = rehearsed(set_up(recipe, run, base, plan, world), run, plan, self.validation_store)
         self.device, self.train_store, self.order = setup.device, setup.store, setup.order
         self.model, self.layout, self.layout_note = setup.rows.model, setup.layout, setup.rows.why
         self.engine: Engine = setup.engine
-        self.waiting = setup.waiting
+        self.divided = setup.engine if isinstance(setup.engine, Fsdp2) else None
         self.progress = _Progress()
         self._sitting_started = time.monotonic()
         self._last_save = time.monotonic()
@@ -211,7 +221,9 @@ class _Training:
                 self.recipe.train,
                 self.layout,
                 first=self.progress.step + 1,
-                interruptible=stop.between,
+                world=self.world,
+                # Ranks compute in step, so they stop after the same step; a single one need not wait for its end.
+                interruptible=stop.between if self.world.size == 1 else iter,
             )
             try:
                 if not self._out_of_patience():
@@ -223,9 +235,10 @@ class _Training:
                         self._record(step, validation_loss=self._validate() if due else None)
                         if self._out_of_patience():
                             break
-                        if self._save_is_due() and not is_last:
+                        save, stopping = self._agreed(self._save_is_due() and not is_last, stop.requested)
+                        if save and not stopping:
                             self._save()
-                        if stop.requested:
+                        if stopping:
                             raise Interrupted
                         between_steps()
             except Interrupted:
@@ -240,7 +253,14 @@ class _Training:
         if self.progress.best_step != self.progress.step:
             self.engine.load_weights(checkpoint.load_weights(self.best_folder, self.progress.best_step))
 
+    def _agreed(self, save: bool, stop: bool) -> tuple[bool, bool]:
+        """What all ranks do: they save when the first one's clock says so, and stop when one of them was asked to."""
+        saving, stopping = self.world.summed(float(save and self.world.is_first), float(stop))
+        return saving > 0, stopping > 0
+
     def _record(self, step: Step, validation_loss: float | None) -> None:
+        if not self.world.is_first:
+            return
         row = step.row.model_copy(update={"validation_loss": validation_loss})
         self._write_row(row)
         append_json_line(self.ledger_path, {"step": row.step, "examples": step.examples.tolist()})
@@ -251,12 +271,12 @@ class _Training:
 
     def _validate(self) -> float:
         self.run.show("validating", step=self.progress.step)
-        loss = validation_loss(self.engine, self.validation_store, self.layout)
+        loss = validation_loss(self.engine, self.validation_store, self.layout, self.world)
         step = self.progress.step
         check_finite_validation(loss, step)
         is_best = self.progress.validated(loss, step, self.recipe.train.early_stopping)
         if is_best and step < self.order.steps:  # the last step's weights are still in memory when they are exported
-            checkpoint.save_weights(self.best_folder, step, self.engine.weights())
+            checkpoint.save_weights(self.best_folder, step, self.engine.weights(), self.world)
         self.run.tell("validation", step=step, loss=loss, best=is_best)
         return loss
 
@@ -271,12 +291,12 @@ class _Training:
         return time.monotonic() - self._last_save >= gap
 
     def _minutes_are_at_stake(self) -> bool:
-        return time.monotonic() - self._last_save >= _SHORTEST_GAP_SECONDS
+        return self.world.any(time.monotonic() - self._last_save >= _SHORTEST_GAP_SECONDS)
 
     def _save(self) -> None:
         started = time.monotonic()
         self._take_stock()
-        checkpoint.save(self.checkpoints, self.progress.step, self.engine.state(), asdict(self.progress))
+        checkpoint.save(self.checkpoints, self.progress.step, self.engine.state(), asdict(self.progress), self.world)
         self._last_save, self._saved_step = time.monotonic(), self.progress.step
         self._save_seconds = self._last_save - started
         self.run.tell("saved", step=self.progress.step, seconds=self._save_seconds)
@@ -293,7 +313,10 @@ class _Training:
         def complain(words: str) -> None:
             self.run.tell("note", stage="train", words=words)
 
-        folder = checkpoint.newest(self.checkpoints, complain)
+        # One rank reads all of it to see whether it is whole, and tells the others.
+        newest = checkpoint.newest(self.checkpoints, complain) if self.world.is_first else None
+        name = self.world.gathered(newest.name if newest else None)[0]
+        folder = self.checkpoints / name if name else None
         step = 0
         if folder is not None:
             step, state, facts = checkpoint.load(folder)
@@ -304,39 +327,87 @@ class _Training:
             self.run.tell("resumed", step=step, steps=self.order.steps)
         elif any(self.checkpoints.glob("step-*")):
             complain("no checkpoint is whole: starting again from the base model")
-        for path in (self.steps_path, self.ledger_path):  # what came after the checkpoint is done again
+        for path in (self.steps_path, self.ledger_path) if self.world.is_first else ():  # what came after the checkpoint is done again
             kept = [line for line in read_json_lines(path) if line["step"] <= step and folder is not None]
             write_text(path, "".join(_json_line(line) for line in kept))
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
-    def export(self) -> Proof:
-        """Writes `model/` once everything about it has been checked."""
+    def export(self) -> Proof | None:
+        """Writes `model/` once everything about it has been checked; the first rank does, with what the others hand it.
+
+        Returns:
+            None on the other ranks.
+        """
         self.run.show("exporting")
         never_reached = self.engine.never_reached()
+        probe_ids_1T = torch.from_numpy(self.validation_store[0].ids[:_PROBE_TOKENS].astype("int64"))[None]
+        dtype = export_dtype(self.recipe.export.dtype, self.base.facts.dtype)
+        if self.divided is not None:
+            return self._export_divided(self.divided, never_reached, dtype, probe_ids_1T)
         self.engine.close()
         del self.engine  # the optimizer's memory
-        unchanged = proof.unchanged_tensors(self.model, self.base.folder)
-        unreached, unmoved = proof.check_changed(
-            unchanged,
-            never_reached,
-            rounded=self.recipe.train.rounding != "none",
-            trained=sum(p.requires_grad for p in self.model.parameters()),
-        )
+        unreached, unmoved = self._moved(proof.unchanged_tensors(self.model, self.base.folder), never_reached)
         with new_folder(self.run.model) as folder:
             checked = proof.export_and_prove(
                 self.model,
                 self.tokenizer,
                 self.base,
-                dtype=export_dtype(self.recipe.export.dtype, self.base.facts.dtype),
+                dtype=dtype,
                 stop_ids=self.data.stop_ids,
-                probe_ids_1T=torch.from_numpy(self.validation_store[0].ids[:_PROBE_TOKENS].astype("int64"))[None],
+                probe_ids_1T=probe_ids_1T,
                 unreached=unreached,
                 unmoved=unmoved,
                 folder=folder,
             )
             write_manifest(folder)
         return checked
+
+    def _export_divided(
+        self, engine: Fsdp2, never_reached: set[str], dtype: torch.dtype, probe_ids_1T: torch.Tensor
+    ) -> Proof | None:
+        engine.forget()
+        if not self.world.is_first:
+            for _ in engine.whole_weights():
+                pass
+            engine.close()
+            return None
+        with new_folder(self.run.model) as folder:
+            unchanged, digests = proof.export_divided(
+                self.model,
+                engine.whole_weights(),
+                self.tokenizer,
+                self.base,
+                dtype=dtype,
+                stop_ids=self.data.stop_ids,
+                folder=folder,
+            )
+            unreached, unmoved = self._moved(unchanged, never_reached)
+            checked = proof.prove_divided(
+                digests,
+                tied_parameters(self.model),
+                self.tokenizer,
+                self.base,
+                trainable=sum(p.requires_grad for p in self.model.parameters()),
+                dtype=dtype,
+                stop_ids=self.data.stop_ids,
+                probe_ids_1T=probe_ids_1T,
+                unreached=unreached,
+                unmoved=unmoved,
+                folder=folder,
+            )
+            write_manifest(folder)
+        engine.close()
+        return checked
+
+    def _moved(self, unchanged: list[str], never_reached: set[str]) -> tuple[list[str], list[str]]:
+        """See `fullrank.train.proof.check_changed`."""
+        return proof.check_changed(
+            unchanged,
+            never_reached,
+            rounded=self.recipe.train.rounding != "none",
+            trained=sum(p.requires_grad for p in self.model.parameters()),
+        )
 
     def card(self, current: str, checked: Proof) -> TrainCard:
         """What this run's training did, over all its sittings."""

@@ -7,24 +7,31 @@ them.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from fullrank.data import stage as data_stage
 from fullrank.errors import UsageError
 from fullrank.loading import LoadedRecipe, differences, dump
-from fullrank.recipe import Recipe
+from fullrank.recipe import Parallel, Recipe
 from fullrank.records import DataCard, EvaluationCard, Plan, Profile, Score, StageRecord, TrainCard
 from fullrank.run import Listener, Run, read_record, write_text
 from fullrank.workflows.described import Described, describe
+
+if TYPE_CHECKING:
+    from fullrank.parallel.world import World
 
 StageName = Literal["data", "plan", "train", "evaluate", "report"]
 STAGES: tuple[StageName, ...] = ("data", "plan", "train", "evaluate", "report")
@@ -37,6 +44,8 @@ def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: L
     Raises:
         FullrankError: whatever a stage refuses; everything complete stays.
     """
+    if "RANK" in os.environ:
+        return _run_among_ranks(last, loaded, runs_dir, listener)
     said: list[str] = []
     told = describe(loaded.recipe, said.append)
     with opened(loaded, told.recipe, runs_dir, listener) as run:
@@ -47,13 +56,48 @@ def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: L
     return run
 
 
+def _run_among_ranks(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None) -> Run:
+    """As `run_until`, for a rank that torchrun or another launcher started: all train, the first one does the rest."""
+    from fullrank.parallel.world import joined, told as told_world
+    from fullrank.workflows.launch import PATIENCE_SECONDS
+
+    world = told_world()
+    assert world is not None
+    said: list[str] = []
+    told = describe(loaded.recipe, said.append)
+    wanted = STAGES[: STAGES.index(last) + 1]
+    run = Run(loaded.run_root or runs_dir / told.recipe.name, listener, tells=world.is_first)
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(contextlib.ExitStack())
+        ranks.enter_context(joined(world, told.recipe.machine.device, patience_seconds=PATIENCE_SECONDS))
+        if world.is_first:
+            stack.enter_context(opened(loaded, told.recipe, runs_dir, listener))
+            for words in said:
+                run.tell("note", stage="model", words=words)
+            for name in ("data", "plan"):
+                _run_stage(name, told, run, world)
+        world.wait()
+        if "train" in wanted:
+            _run_stage("train", told, run, world)
+        gc.collect()  # what still holds the ranks' groups, before they go
+        ranks.close()
+        if world.is_first:
+            for name in wanted[3:]:
+                _run_stage(name, told, run, world)
+    return run
+
+
 def profile(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None, *, steps: int) -> tuple[Run, Profile]:
-    """Plans a recipe and times some of its steps; nothing is trained."""
+    """Plans a recipe for one process and times some of its steps; nothing is trained."""
     told = describe(loaded.recipe, lambda words: listener("note", {"words": words}) if listener else None)
     with opened(loaded, told.recipe, runs_dir, listener) as run:
-        for name in STAGES[: STAGES.index("plan") + 1]:
-            _run_stage(name, told, run)
+        from fullrank.parallel.world import World
         from fullrank.train.profile import profile as profiled
+
+        alone = told.recipe.model_copy(update={"parallel": Parallel()})
+        told = replace(told, recipe=alone)
+        for name in STAGES[: STAGES.index("plan") + 1]:
+            _run_stage(name, told, run, World())
 
         return run, profiled(told.recipe, run, told.base, steps)
 
@@ -65,7 +109,8 @@ def prepare_data(loaded: LoadedRecipe, told: Described, runs_dir: Path, listener
     return run
 
 
-def _run_stage(name: StageName, told: Described, run: Run) -> None:
+def _run_stage(name: StageName, told: Described, run: Run, world: World | None = None) -> None:
+    """One stage; `world` is of the ranks that a launcher started, where there are any."""
     # Rooms are imported when they are entered: preparing data alone needs no torch.
     recipe, base = told.recipe, told.base
     match name:
@@ -76,12 +121,21 @@ def _run_stage(name: StageName, told: Described, run: Run) -> None:
             evaluate_stage.rehearse(recipe, run)
         case "plan":
             from fullrank.plan import stage as plan_stage
+            from fullrank.workflows.launch import world_here
 
-            plan_stage.stage(recipe, run, base)
+            plan_stage.stage(recipe, run, base, world or world_here(recipe))
         case "train":
-            from fullrank.train import stage as train_stage
+            from fullrank.parallel.world import World
+            from fullrank.workflows import launch
 
-            train_stage.stage(recipe, run, base)
+            if world is None and (here := launch.world_here(recipe)).size > 1:
+                launch.train(recipe, run, here.size)
+            elif world is None and recipe.parallel.engine == "fsdp2":
+                launch.train_as(recipe, run, World())
+            else:
+                from fullrank.train import stage as train_stage
+
+                train_stage.stage(recipe, run, base, world or World())
         case "evaluate":
             from fullrank.evaluate import stage as evaluate_stage
 

@@ -270,6 +270,33 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(
     assert [line["step"] for line in read_json_lines(again.run.train / "ledger.jsonl")] == list(range(1, 9))
 
 
+#: Ways of little memory: each keeps its state elsewhere, in other types, or updates within the backward pass.
+LITTLE_MEMORY = {
+    "spilled, states on disk": ("machine.gradients=spill", "machine.optimizer_states=disk"),
+    "int8, released": ("train.optimizer={name: adamw, moments: int8}", "machine.gradients=release"),
+    "bf16-stochastic, int8": ("train.precision=bf16-stochastic", "train.optimizer={name: adamw, moments: int8}"),
+    "bf16-kahan": ("train.precision=bf16-kahan",),
+    "adalomo, bf16-stochastic": ("train.precision=bf16-stochastic", "train.optimizer={name: adalomo}"),
+    "lomo, bf16-nearest": ("train.precision=bf16-nearest", "train.optimizer={name: lomo}"),
+    "muon": ("train.optimizer={name: muon, learning_rate: 0.003}",),
+    "adafactor": ("train.optimizer={name: adafactor}",),
+}
+
+
+@pytest.mark.parametrize("way", LITTLE_MEMORY)
+def test_a_stopped_run_of_little_memory_goes_on_and_ends_with_the_same_weights(way: str, case: Path) -> None:
+    overrides = LITTLE_MEMORY[way]
+    whole = ready(case, *overrides, runs="whole")
+    whole.train()
+    run = ready(case, *overrides)
+    stop_at(run, 5)
+    with pytest.raises(Stopped, match="stopped at step 5 of 8"):
+        run.train()
+    again = ready(case, *overrides)
+    assert again.train().resumed_from_steps == [5]
+    assert (weights(again), again.losses()) == (weights(whole), whole.losses())
+
+
 def test_steps_after_the_checkpoint_are_done_again_and_told_once(
     case: Path, uninterrupted: tuple[bytes, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
