@@ -480,7 +480,8 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes CUDA, then MPS, then the CPU."""
     memory_limit: str | int | None = None
-    """Most memory the plan may use, such as 8GB, of each rank; by default nine tenths of what is free, shared by a CPU's ranks."""
+    """Most memory the plan may use for a rank, such as 8GB; by default nine tenths of what is free, shared by the ranks of a
+    CPU."""
     gradients: Literal["auto", "keep", "release", "spill"] = "auto"
     """Where gradients wait for the update; the weights that follow are the same. keep: in memory, 4 bytes a parameter. release:
     one block's at a time is alive; where gradients are clipped, a first backward pass finds the norm and a second one updates.
@@ -510,8 +511,8 @@ class Parallel(Section):
     """Processes on this machine, one a device; auto starts one for each CUDA device, and one on other machines. What torchrun
     starts counts instead."""
     replicas: int = Field(default=1, ge=1)
-    """Groups of ranks that hold the model once each, divided among the group (hybrid sharding): across machines less travels then,
-    for more memory. 1 divides it among all ranks."""
+    """Groups of ranks that hold the model once each, divided among the group (hybrid sharding): across machines less travels
+    then, for more memory. 1 divides it among all ranks."""
 
     @field_validator("ranks")
     @classmethod

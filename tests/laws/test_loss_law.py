@@ -13,7 +13,6 @@ leaves room for deep cancellation, and nothing that is mathematically another st
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from double import everything_double
 
 from fullrank.generation.likelihood import example_losses
 from fullrank.models.rows import RowModel
@@ -64,23 +64,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def everything_double() -> Iterator[None]:
-    """transformers' norms, rotary angles, routers and losses, and fullrank's, ask for fp32 by name: here they get float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(_FLOAT32)
-
-
-_FLOAT32 = torch.float32
 
 
 @dataclass

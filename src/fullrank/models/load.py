@@ -82,7 +82,7 @@ def _without_numbers() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = blank  # type: ignore[method-assign]
+    nn.Module.register_parameter = blank  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Pieces of tensors: what a rank holds of a tensor that is divided among ranks, as one stretch of its flat elements.
 
-Elementwise rules update a piece as they would the whole. The others are given the whole tensor, gathered for as long as the update
-takes, and each rank keeps its piece of what comes out, so that what is learned does not depend on the number of ranks.
+Elementwise rules update a piece as they would the whole. The others are given the whole tensor, gathered for as long as the
+update takes, and each rank keeps its piece of what comes out, so that what is learned does not depend on the number of ranks.
 """
 
 from __future__ import annotations

@@ -213,7 +213,10 @@ class Updater:
         p, plan, piece = self._parameters[name], self._plans[name], self._pieces[name]
         flat = {kind: tensor.view(-1) for kind, tensor in state.items()}
         weight = self._exact(p.data.view(-1), flat, slice(None))
-        slots = {slot: self._gathered(piece, flat[slot]) if slot in plan.divided else state[slot] for slot in plan.rule.slots(piece.shape)}
+        slots = {
+            slot: self._gathered(piece, flat[slot]) if slot in plan.divided else state[slot]
+            for slot in plan.rule.slots(piece.shape)
+        }
         return self._gathered(piece, weight), self._gathered(piece, gradients), slots
 
     def _gathered(self, piece: Piece, elements: Tensor) -> Tensor:
@@ -222,9 +225,7 @@ class Updater:
             elements = self._gather(piece, elements)
         return elements.view(piece.shape)
 
-    def _put_back(
-        self, name: str, weight: Tensor, slots: Mapping[str, Tensor], state: Mapping[str, Tensor], chance: int
-    ) -> None:
+    def _put_back(self, name: str, weight: Tensor, slots: Mapping[str, Tensor], state: Mapping[str, Tensor], chance: int) -> None:
         """What the rule made of the whole tensor, to where this rank keeps its part."""
         p, piece = self._parameters[name], self._pieces[name]
         for slot in slots.keys() & self._plans[name].divided:
@@ -236,9 +237,7 @@ class Updater:
         elif not piece.is_whole:  # else the rule has worked on the weights themselves
             p.data.view(-1).copy_(own)
 
-    def _round(
-        self, target: Tensor, values: Tensor, flat: Mapping[str, Tensor], part: slice, chance: int, first: int
-    ) -> None:
+    def _round(self, target: Tensor, values: Tensor, flat: Mapping[str, Tensor], part: slice, chance: int, first: int) -> None:
         """Rounds a stretch of a piece whose own first element is the `first` of the whole tensor."""
         if self._rounding == "stochastic":
             stochastic_(target, values, key=chance, start=first + (part.start or 0))

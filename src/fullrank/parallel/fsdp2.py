@@ -34,6 +34,9 @@ from fullrank.recipe import Train
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import add_gradients, token_losses
 
+#: Of torch 2.13; before, it has the other name.
+_ALL_GATHER = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
+
 Sync = Literal["step", "row"]
 """When gradients are summed over ranks: after a step's last row, until when they are whole on every rank (4 bytes a parameter and
 no needless communication), or after every row, so that never more than a part of them and a block's are there."""
@@ -198,13 +201,14 @@ class Fsdp2(SingleDevice):
         padded = elements.new_zeros(most)
         padded[: piece.count] = elements
         whole = elements.new_empty(ranks * most)
-        distributed.all_gather_into_tensor(whole, padded, group=self._group)
+        _ALL_GATHER(whole, padded, group=self._group)
         return whole[: piece.numel]
 
 
 def _part(p: torch.Tensor) -> torch.Tensor:
     """This rank's part of a divided tensor, the memory itself."""
-    return p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+    part: torch.Tensor = p.to_local() if isinstance(p, DTensor) else p
+    return part.detach()
 
 
 def _own(weights: Mapping[str, torch.Tensor], name: str, piece: Piece) -> torch.Tensor:

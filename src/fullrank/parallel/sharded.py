@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -66,7 +67,7 @@ def divide(model: PreTrainedModel, mesh: DeviceMesh, *, compute_type: torch.dtyp
             module.set_reduce_scatter_unused_params(True, recurse=False)
 
 
-def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+def sharded_modules(model: nn.Module) -> Iterator[Any]:
     """The modules that FSDP2 gathers and divides as one."""
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
@@ -81,8 +82,8 @@ def load_sharded(
 ) -> PreTrainedModel:
     """The base model, divided: every rank reads what it will hold.
 
-    Where a model's tensors are stored under other names or put together otherwise than it has them (experts one by one), the first
-    rank reads it whole, and hands the others theirs, parameter by parameter.
+    Where a model's tensors are stored under other names or put together otherwise than it has them (experts one by one), the
+    first rank reads it whole, and hands the others theirs, parameter by parameter.
 
     Args:
         folder: of the weights.
@@ -104,7 +105,8 @@ def load_sharded(
     if stored is None and distributed.get_rank() == 0:
         whole = dict(load_model(folder, device=torch.device("cpu"), dtype=dtype).named_parameters())
     made: dict[int, nn.Parameter] = {}
-    for name, p in list(model.named_parameters()):
+    named: list[tuple[str, Any]] = list(model.named_parameters())
+    for name, p in named:
         piece = piece_of(p)
         local = torch.empty(p.to_local().shape, dtype=dtype, device=device)
         if stored is not None:
@@ -114,9 +116,9 @@ def load_sharded(
         kept = DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
         made[id(p)] = nn.Parameter(kept, requires_grad=p.requires_grad)
     for module in model.modules():
-        for own, p in module._parameters.items():
-            if p is not None and id(p) in made:  # a tied parameter stays one
-                module._parameters[own] = made[id(p)]
+        for own, blank in module._parameters.items():
+            if id(blank) in made:  # a tied parameter stays one
+                module._parameters[own] = made[id(blank)]
     return model
 
 

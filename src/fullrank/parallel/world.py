@@ -70,6 +70,10 @@ class World:
         self.summed(0.0)
 
 
+#: A world of this process alone.
+ALONE = World()
+
+
 def told(environment: Mapping[str, str] = os.environ) -> World | None:
     """The rank that a launcher made this process; None where none did.
 
@@ -98,7 +102,8 @@ def joined(world: World, device_type: str, *, patience_seconds: float) -> Iterat
         patience_seconds: how long a rank waits for the others before it gives up.
     """
     if world.size == 1:  # FSDP2 wants a group of one, too
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
             yield world
         finally:

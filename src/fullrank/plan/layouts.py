@@ -13,7 +13,7 @@ from fullrank.parallel.blockwise import is_blockwise
 from fullrank.parallel.fsdp2 import Sync
 from fullrank.parallel.groups import Shapes
 from fullrank.parallel.recompute import BLOCKWISE_LADDER, Recompute, ladder_of
-from fullrank.parallel.world import World
+from fullrank.parallel.world import ALONE, World
 from fullrank.plan import memory
 from fullrank.plan.memory import Division, Row
 from fullrank.recipe import Recipe
@@ -58,7 +58,7 @@ class Ground:
     """Tokens of the longest example."""
     process_bytes: int
     eager: bool
-    world: World = World()
+    world: World = ALONE
     replicas: int = 1
     engine: Engine = "single"
 

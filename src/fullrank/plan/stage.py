@@ -14,7 +14,7 @@ from fullrank.models.resolved import ResolvedModel
 from fullrank.models.source import load_config
 from fullrank.optim.schedule import warmup_steps
 from fullrank.parallel.groups import shapes_of
-from fullrank.parallel.world import World
+from fullrank.parallel.world import ALONE, World
 from fullrank.plan import memory
 from fullrank.plan.clock import Clock, Work
 from fullrank.plan.layouts import Choice, Engine, Ground, Looks, choices
@@ -28,7 +28,7 @@ from fullrank.sequences.store import TokenStore
 from fullrank.units import format_bytes
 
 
-def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = World()) -> Plan:
+def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -> Plan:
     """Plans a run for some ranks, or finds the plan made before; refuses it when it does not fit now.
 
     Raises:

@@ -421,7 +421,9 @@ def _training_rules(train: TrainCard) -> tuple[Rule, ...]:
         ),
         Rule(
             "The export, reloaded in a fresh process, is the trained model",
-            f"same {'weights' if proof.export_logits_identical is None else 'logits'}, tensor names and ties" if export_holds else "it differs; see the proof table",
+            f"same {'weights' if proof.export_logits_identical is None else 'logits'}, tensor names and ties"
+            if export_holds
+            else "it differs; see the proof table",
             export_holds,
         ),
     )

@@ -29,7 +29,7 @@ from fullrank.errors import FullrankError, TrainingError
 from fullrank.models.stored import StoredTensor, StoredTensors, metadata_of
 from fullrank.optim.pieces import Piece, Pieces, Read, assembled
 from fullrank.parallel.engine import EngineState
-from fullrank.parallel.world import World
+from fullrank.parallel.world import ALONE, World
 from fullrank.run import (
     fsync,
     manifest_entry,
@@ -48,7 +48,7 @@ _PART = re.compile(r"(-r\d{4})?(-\d{5})?$")
 _PIECES = "pieces"
 
 
-def save(checkpoints: Path, step: int, state: EngineState, facts: dict[str, Any], world: World = World()) -> Path:
+def save(checkpoints: Path, step: int, state: EngineState, facts: dict[str, Any], world: World = ALONE) -> Path:
     """Writes `step-00000500/` and removes older checkpoints; all ranks save together.
 
     Args:
@@ -138,7 +138,7 @@ def load(folder: Path) -> tuple[int, EngineState, dict[str, Any]]:
     return everything["step"], EngineState(_read(folder), everything["engine"]), everything["loop"]
 
 
-def save_weights(best: Path, step: int, weights: Mapping[str, torch.Tensor], world: World = World()) -> None:
+def save_weights(best: Path, step: int, weights: Mapping[str, torch.Tensor], world: World = ALONE) -> None:
     """Writes `step-00000500/` with weights alone: the best so far. The one before stays too, for a run that continues from a
     checkpoint older than this."""
     _together(best / f"step-{step:08d}", world, lambda partial: _write(weights, partial, "weights", world))

@@ -17,7 +17,7 @@ import numpy as np
 from fullrank.meter import resident_bytes
 from fullrank.optim.schedule import learning_rate
 from fullrank.parallel.engine import Engine, StepOutcome
-from fullrank.parallel.world import World
+from fullrank.parallel.world import ALONE, World
 from fullrank.recipe import Train
 from fullrank.records import StepRow
 from fullrank.sequences.layout import MicroBatch, dealt, micro_batches
@@ -45,9 +45,7 @@ class Layout:
 
     def rows(self, store: TokenStore, examples: np.ndarray) -> list[MicroBatch]:
         """The micro-batches of some examples, of all ranks."""
-        return micro_batches(
-            store, examples, self.budget_tokens, packed=self.packed, shared=self.shared, ranks=self.ranks
-        )
+        return micro_batches(store, examples, self.budget_tokens, packed=self.packed, shared=self.shared, ranks=self.ranks)
 
 
 def steps(
@@ -58,7 +56,7 @@ def steps(
     layout: Layout,
     *,
     first: int,
-    world: World = World(),
+    world: World = ALONE,
     interruptible: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
 ) -> Iterator[Step]:
     """Executes the steps from `first` (1-based) to the last.
@@ -116,7 +114,7 @@ def step_seed(seed: int, step: int) -> int:
     return (seed << 32) + step
 
 
-def validation_loss(engine: Engine, store: TokenStore, layout: Layout, world: World = World()) -> float:
+def validation_loss(engine: Engine, store: TokenStore, layout: Layout, world: World = ALONE) -> float:
     """Mean loss over the supervised tokens of a store, nats: the loss law over all of it, whatever the rows and ranks."""
     rows = layout.rows(store, np.arange(len(store)))
     own = dealt(rows, world.size)[world.rank]

@@ -21,7 +21,7 @@ from fullrank.parallel.fsdp2 import Fsdp2, Sync
 from fullrank.parallel.groups import freeze
 from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
-from fullrank.parallel.world import World
+from fullrank.parallel.world import ALONE, World
 from fullrank.recipe import Recipe
 from fullrank.records import Plan
 from fullrank.run import Run
@@ -58,7 +58,7 @@ class Setup:
         return replace(self, layout=replace(self.layout, budget_tokens=budget_tokens), engine=engine)
 
 
-def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: World = World()) -> Setup:
+def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: World = ALONE) -> Setup:
     """Loads the model, or this rank's part of it, and asks it what it can do; what it cannot is told to the run.
 
     Raises:
@@ -133,7 +133,7 @@ def engine_for(
     rows: RowModel,
     recompute: str,
     waiting: Path,
-    world: World = World(),
+    world: World = ALONE,
     mesh: DeviceMesh | None = None,
     sync: Sync = "step",
 ) -> SingleDevice:

@@ -24,7 +24,7 @@ from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.quiet import between_steps, quiet
-from fullrank.parallel.world import World
+from fullrank.parallel.world import ALONE, World
 from fullrank.recipe import EarlyStopping, Recipe
 from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
 from fullrank.run import (
@@ -54,7 +54,7 @@ _SHORTEST_GAP_SECONDS = 60.0
 _PROBE_TOKENS = 512
 
 
-def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = World()) -> TrainCard | None:
+def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -> TrainCard | None:
     """Trains, proves and exports, or finds it done; all ranks do it together, and the first one writes what is written once.
 
     Returns:
@@ -327,7 +327,9 @@ class _Training:
             self.run.tell("resumed", step=step, steps=self.order.steps)
         elif any(self.checkpoints.glob("step-*")):
             complain("no checkpoint is whole: starting again from the base model")
-        for path in (self.steps_path, self.ledger_path) if self.world.is_first else ():  # what came after the checkpoint is done again
+        for path in (
+            (self.steps_path, self.ledger_path) if self.world.is_first else ()
+        ):  # what came after the checkpoint is done again
             kept = [line for line in read_json_lines(path) if line["step"] <= step and folder is not None]
             write_text(path, "".join(_json_line(line) for line in kept))
 

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,8 +71,9 @@ def train(recipe: Recipe, run: Run, size: int) -> None:
             local_addr="127.0.0.1",
             max_restarts=0,
             signals_to_handle="SIGQUIT",  # the others are ours: a rank that is asked to stop saves first
-            **({"shutdown_timeout": _CLOSING_SECONDS} if "shutdown_timeout" in {f.name for f in fields(LaunchConfig)} else {}),
         )
+        if hasattr(config, "shutdown_timeout"):  # torch 2.13
+            config.shutdown_timeout = _CLOSING_SECONDS
         with _environment(recipe, size, line.path):
             try:
                 elastic_launch(config, sys.executable)("-m", "fullrank.workflows.launch", str(run.root))

@@ -58,7 +58,8 @@ def run_until(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: L
 
 def _run_among_ranks(last: StageName, loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None) -> Run:
     """As `run_until`, for a rank that torchrun or another launcher started: all train, the first one does the rest."""
-    from fullrank.parallel.world import joined, told as told_world
+    from fullrank.parallel.world import joined
+    from fullrank.parallel.world import told as told_world
     from fullrank.workflows.launch import PATIENCE_SECONDS
 
     world = told_world()
@@ -91,13 +92,13 @@ def profile(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = No
     """Plans a recipe for one process and times some of its steps; nothing is trained."""
     told = describe(loaded.recipe, lambda words: listener("note", {"words": words}) if listener else None)
     with opened(loaded, told.recipe, runs_dir, listener) as run:
-        from fullrank.parallel.world import World
+        from fullrank.parallel.world import ALONE
         from fullrank.train.profile import profile as profiled
 
         alone = told.recipe.model_copy(update={"parallel": Parallel()})
         told = replace(told, recipe=alone)
         for name in STAGES[: STAGES.index("plan") + 1]:
-            _run_stage(name, told, run, World())
+            _run_stage(name, told, run, ALONE)
 
         return run, profiled(told.recipe, run, told.base, steps)
 
@@ -125,17 +126,17 @@ def _run_stage(name: StageName, told: Described, run: Run, world: World | None =
 
             plan_stage.stage(recipe, run, base, world or world_here(recipe))
         case "train":
-            from fullrank.parallel.world import World
+            from fullrank.parallel.world import ALONE
             from fullrank.workflows import launch
 
             if world is None and (here := launch.world_here(recipe)).size > 1:
                 launch.train(recipe, run, here.size)
             elif world is None and recipe.parallel.engine == "fsdp2":
-                launch.train_as(recipe, run, World())
+                launch.train_as(recipe, run, ALONE)
             else:
                 from fullrank.train import stage as train_stage
 
-                train_stage.stage(recipe, run, base, world or World())
+                train_stage.stage(recipe, run, base, world or ALONE)
         case "evaluate":
             from fullrank.evaluate import stage as evaluate_stage
 
