@@ -599,6 +599,25 @@ class Prediction(Record):
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
 
+class RankFacts(Record):
+    """One of the ranks that trained."""
+
+    host: str
+    process: int
+    local_rank: int
+    device_name: str
+    memory_bytes: int
+    """Of its device, in all."""
+    memory_free_bytes: int
+    """Of its device, before training."""
+
+
+class Ranks(Record):
+    """`train/ranks.json`: who trained, by rank, in the last sitting."""
+
+    ranks: list[RankFacts]
+
+
 class Rehearsal(Record):
     """`train/layout.json`: how the steps are laid out once the worst of them has been tried, and what it took."""
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from fullrank.sequences.layout import MicroBatch
+from fullrank.sequences.loss import Watch
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class EngineState:
 
 class Engine(Protocol):
     """Executes optimizer steps."""
+
+    watch: Watch
+    """Is entered around the parts of a step."""
 
     def step(
         self, micro_batches: Iterable[MicroBatch], supervised_tokens: int, *, learning_rate: float, seed: int

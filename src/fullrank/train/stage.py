@@ -7,8 +7,11 @@ continues from the newest checkpoint and ends with bitwise the same weights. Che
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +26,7 @@ from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
+from fullrank.parallel.heartbeat import Heartbeat
 from fullrank.parallel.quiet import between_steps, quiet
 from fullrank.parallel.world import ALONE, World
 from fullrank.recipe import EarlyStopping, Recipe
@@ -41,7 +45,7 @@ from fullrank.run import (
     write_text,
 )
 from fullrank.sequences.store import TokenStore
-from fullrank.train import checkpoint, proof
+from fullrank.train import checkpoint, proof, roll
 from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation, out_of_memory
 from fullrank.train.loop import Step, steps, validation_loss
 from fullrank.train.rehearse import rehearsed
@@ -54,8 +58,22 @@ _SHORTEST_GAP_SECONDS = 60.0
 _PROBE_TOKENS = 512
 
 
-def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -> TrainCard | None:
+def stage(
+    recipe: Recipe,
+    run: Run,
+    base: ResolvedModel,
+    world: World = ALONE,
+    end: Callable[[str], None] | None = None,
+) -> TrainCard | None:
     """Trains, proves and exports, or finds it done; all ranks do it together, and the first one writes what is written once.
+
+    Args:
+        recipe: resolved.
+        run: with its data and its plan.
+        base: the model.
+        world: the ranks.
+        end: what a rank does once another one was seen to be dead or to hang (`fullrank.parallel.heartbeat`); by default it says
+            so and ends the process.
 
     Returns:
         The card on the first rank.
@@ -79,8 +97,10 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -
     run.tell("started", stage="train")
     with Meter() as meter:
         try:
-            with quiet():
-                training = _Training(recipe, run, base, data, plan, meter, world)
+            with quiet(), Heartbeat(world, run.train, end or _end) as heart:
+                heart.at("the roll call")
+                roll.call(recipe, run, data, world, devices.choose(plan.machine.device))
+                training = _Training(recipe, run, base, data, plan, meter, world, heart)
                 if world.is_first:
                     _begin(run, inputs)
                 training.fit()
@@ -101,6 +121,12 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -
         shutil.rmtree(leftover, ignore_errors=True)
     run.tell("finished", stage="train", seconds=card.seconds, steps=card.steps, validation_loss=card.validation_loss_best)
     return card
+
+
+def _end(seen: str) -> None:
+    """Ends a rank whose other threads may be waiting for one that will not come."""
+    print(f"error: {seen}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _inputs(recipe: Recipe, data: DataCard, base: ResolvedModel) -> dict[str, Any]:
@@ -185,19 +211,33 @@ class _Training:
     """One sitting of a training run."""
 
     def __init__(
-        self, recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, plan: Plan, meter: Meter, world: World
+        self,
+        recipe: Recipe,
+        run: Run,
+        base: ResolvedModel,
+        data: DataCard,
+        plan: Plan,
+        meter: Meter,
+        world: World,
+        heart: Heartbeat,
     ) -> None:
         self.recipe, self.run, self.base, self.data, self.meter, self.world = recipe, run, base, data, meter, world
+        self.heart = heart
         self.checkpoints = run.train / "checkpoints"
         self.best_folder = run.train / "best"
         self.steps_path = run.train / "steps.jsonl"
         self.ledger_path = run.train / "ledger.jsonl"
         self.validation_store = TokenStore(run.data / "validation")
         self.tokenizer = load_tokenizer(base.folder, recipe.data.chat_template)
-        setup, rehearsal = rehearsed(set_up(recipe, run, base, plan, world), run, plan, self.validation_store)
+        heart.at("loading")
+        setup = set_up(recipe, run, base, plan, world)
+        heart.at("the rehearsal")
+        setup, rehearsal = rehearsed(setup, run, plan, self.validation_store)
         self.device, self.train_store, self.order = setup.device, setup.store, setup.order
         self.model, self.layout, self.layout_note = setup.rows.model, setup.layout, setup.rows.why
         self.engine: Engine = setup.engine
+        if world.size > 1:
+            self.engine.watch = heart.phase
         self.divided = setup.engine if isinstance(setup.engine, Fsdp2) else None
         self.progress = _Progress()
         self._sitting_started = time.monotonic()
@@ -230,6 +270,7 @@ class _Training:
                     for step in rows:
                         check_finite(step, self.train_store)
                         self.progress.step = step.row.step
+                        self.heart.at("what follows a step", step.row.step)
                         is_last = step.row.step == self.order.steps
                         due = is_last or step.row.step % self.recipe.train.evaluate_every_steps == 0
                         self._record(step, validation_loss=self._validate() if due else None)
@@ -271,6 +312,7 @@ class _Training:
 
     def _validate(self) -> float:
         self.run.show("validating", step=self.progress.step)
+        self.heart.at("a validation")
         loss = validation_loss(self.engine, self.validation_store, self.layout, self.world)
         step = self.progress.step
         check_finite_validation(loss, step)
@@ -295,6 +337,7 @@ class _Training:
 
     def _save(self) -> None:
         started = time.monotonic()
+        self.heart.at("a save")
         self._take_stock()
         checkpoint.save(self.checkpoints, self.progress.step, self.engine.state(), asdict(self.progress), self.world)
         self._last_save, self._saved_step = time.monotonic(), self.progress.step

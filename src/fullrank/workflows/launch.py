@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -195,7 +195,7 @@ def main(root: str) -> int:
         run = Run(root, say.event if world.is_first else None, tells=world.is_first)
         try:
             recipe = load(run.recipe_path, need_files=False).recipe
-            train_as(recipe, run, world)
+            train_as(recipe, run, world, lambda seen: _end(say, run, seen))
         except Stopped as error:
             if world.is_first:
                 say.error(error)
@@ -206,8 +206,24 @@ def main(root: str) -> int:
     return 0
 
 
-def train_as(recipe: Recipe, run: Run, world: World) -> None:
+def _end(say: _Say, run: Run, seen: str) -> None:
+    error = FullrankError(
+        f"{seen}; the others were stopped",
+        hint=f"the stacks of all that could still write them are in {run.train}/stacks-*.txt; type the same command to continue "
+        "from the last checkpoint",
+    )
+    say.error(error)
+    os._exit(1)
+
+
+def train_as(recipe: Recipe, run: Run, world: World, end: Callable[[str], None] | None = None) -> None:
     """Trains as one of the ranks there are.
+
+    Args:
+        recipe: as saved in the run.
+        run: planned.
+        world: the ranks.
+        end: see `fullrank.train.stage.stage`.
 
     Raises:
         FullrankError: whatever training refuses.
@@ -216,7 +232,7 @@ def train_as(recipe: Recipe, run: Run, world: World) -> None:
 
     described = describe(recipe, lambda words: None)
     with joined(world, described.recipe.machine.device, patience_seconds=PATIENCE_SECONDS):
-        train_stage.stage(described.recipe, run, described.base, world)
+        train_stage.stage(described.recipe, run, described.base, world, end)
         gc.collect()  # what still holds the ranks' groups, before they go
 
 
