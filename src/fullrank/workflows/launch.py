@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -44,7 +45,7 @@ _SOCKET = "FULLRANK_SOCKET"
 #: How long a rank waits for another: a stage between two steps (a checkpoint, a validation) may take hours.
 PATIENCE_SECONDS = 86_400.0
 #: How long the others have to end once one rank has failed; they may hang in what they were doing together.
-_CLOSING_SECONDS = 20
+_CLOSING_SECONDS = 5
 
 
 def world_here(recipe: Recipe) -> World:
@@ -72,8 +73,7 @@ def train(recipe: Recipe, run: Run, size: int) -> None:
             max_restarts=0,
             signals_to_handle="SIGQUIT",  # the others are ours: a rank that is asked to stop saves first
         )
-        if hasattr(config, "shutdown_timeout"):  # torch 2.13
-            config.shutdown_timeout = _CLOSING_SECONDS
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said better below
         with _environment(recipe, size, line.path):
             try:
                 elastic_launch(config, sys.executable)("-m", "fullrank.workflows.launch", str(run.root))
@@ -123,6 +123,8 @@ class _Line:
     errors: list[FullrankError] = field(default_factory=list)
     _ranks: list[socket.socket] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
+    _processes: list[int] = field(default_factory=list)
+    _closed: threading.Event = field(default_factory=threading.Event)
     _stopping: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
 
@@ -143,6 +145,7 @@ class _Line:
 
     def close(self) -> None:
         """Hears what was still said."""
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
@@ -164,13 +167,25 @@ class _Line:
         with rank, rank.makefile(encoding="utf-8") as lines, contextlib.suppress(OSError):
             for line in lines:
                 said = json.loads(line)
-                if "error" in said:
+                if "process" in said:
+                    self._processes.append(said["process"])
+                elif "error" in said:
                     self.errors.append(getattr(errors, said["error"])(said["message"], hint=said["hint"]))
+                    if not isinstance(self.errors[-1], Stopped):
+                        self._spawn(self._end_the_rest)
                 else:
                     facts = said["facts"]
                     if said["event"] == "step":
                         facts["row"] = StepRow.model_validate(facts["row"])
                     self.run.show(said["event"], **facts)
+
+    def _end_the_rest(self) -> None:
+        """Ranks that hang, or were stopped, hear no request: after a moment they are killed, and the agent sees it."""
+        if self._closed.wait(_CLOSING_SECONDS):
+            return
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._stopping:
@@ -192,6 +207,7 @@ def main(root: str) -> int:
         line.connect(os.environ[_SOCKET])
         threading.Thread(target=_obey, args=(line,), daemon=True).start()
         say = _Say(line)
+        say.process()
         run = Run(root, say.event if world.is_first else None, tells=world.is_first)
         try:
             recipe = load(run.recipe_path, need_files=False).recipe
@@ -248,6 +264,10 @@ class _Say:
 
     def __init__(self, line: socket.socket) -> None:
         self._line, self._lock = line, threading.Lock()
+
+    def process(self) -> None:
+        """Which process this is."""
+        self._send({"process": os.getpid()})
 
     def event(self, event: str, facts: dict[str, Any]) -> None:
         """See `fullrank.run.Listener`."""
