@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from fullrank.cli import data, look, start, talk, work
+from fullrank.cli import data, launch, look, srun, start, talk, work
 from fullrank.errors import FullrankError, Stopped
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ data.register(app)
 work.register(app)
 talk.register(app)
 look.register(app)
+launch.register(app)
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        srun.adopt()
         app()
     except FullrankError as error:
         _leave(_told(error))

@@ -75,7 +75,7 @@ ALONE = World()
 
 
 def told(environment: Mapping[str, str] = os.environ) -> World | None:
-    """The rank that a launcher made this process; None where none did.
+    """The rank that a launcher made this process; None where none did (srun: `fullrank.cli.srun`).
 
     Raises:
         UsageError: the launcher's variables are not all there, or no numbers.
