@@ -1,4 +1,4 @@
-"""Jobs for Slurm, on a Slurm that is made of three small scripts: what is asked of it, and what the tasks do with what it tells."""
+"""Jobs for Slurm, on a Slurm of three small scripts: what is asked of it, and what the tasks do with what it tells."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ tasks = []
 for rank in range({ranks}):
     own = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "{ranks}", "SLURM_NODEID": "0"}}
     own |= {{"SLURM_STEP_NUM_TASKS": "{ranks}", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "127.0.0.1"}}
-    own |= {{"SLURM_STEP_TASKS_PER_NODE": "{ranks}"}}
+    own |= {{"SLURM_STEP_TASKS_PER_NODE": "{ranks}", "SLURM_JOB_ID": "77"}}
     log = open(os.path.dirname(__file__) + "/log-" + str(rank), "w")
     tasks.append(subprocess.Popen(words, env={{**os.environ, **own}}, stdout=log, stderr=log))
 sys.exit(max(task.wait() for task in tasks))

@@ -40,12 +40,12 @@ def register(app: typer.Typer) -> None:
         runs_dir: RunsDir = RUNS_DIR,
         as_json: AsJson = False,
     ) -> None:
-        """Write a batch script for a run on several machines and hand it to Slurm; it is requeued when pre-empted, and continues."""
+        """Hand a run on several machines to Slurm, as a batch job that is requeued when it is pre-empted, and continues."""
         recipe = loaded(target, overrides, runs_dir)
         pairs = [pair.removeprefix("--").partition("=") for pair in option or []]
         if wrong := [name for name, equals, _ in pairs if not equals]:
             raise UsageError(
-                f"--option {wrong[0]}: not NAME=VALUE", hint="write it as sbatch's long option, such as partition=gpu"
+                f"--option {wrong[0]}: not NAME=VALUE", hint="write sbatch's long option, such as partition=gpu"
             )
         from fullrank.workflows.slurm import submit
 

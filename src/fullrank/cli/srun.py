@@ -1,7 +1,7 @@
 """`srun fullrank train RECIPE`: what Slurm tells a task, told as torchrun tells it.
 
-Only inside a step of several tasks: in a batch script itself, or a shell that salloc opened, Slurm's variables are set as well, and
-nobody else would come.
+Only inside a step of several tasks: in a batch script itself, or a shell that salloc opened, Slurm's variables are set as well,
+and nobody else would come.
 """
 
 from __future__ import annotations

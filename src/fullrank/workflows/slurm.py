@@ -1,9 +1,9 @@
 """A run as a Slurm job: the batch script written and handed in by submitit, one task a rank, requeued when it is pre-empted.
 
-A task starts `fullrank` with the variables of a rank and waits for it. When Slurm tells the job that it will be pre-empted, or that
-its time is up, the first task asks its rank to stop, which all ranks then do after their step, with the state saved; the job is
-then put back into the queue, where the same command continues. submitit keeps scripts, logs and its own pickle of the command in
-`runs/<name>/slurm`, which must be on a disk that the nodes share, as runs must.
+A task starts `fullrank` with the variables of a rank and waits for it. When Slurm tells the job that it will be pre-empted, or
+that its time is up, the first task asks its rank to stop, which all ranks then do after their step, with the state saved; the job
+is then put back into the queue, where the same command continues. submitit keeps scripts, logs and its own pickle of the command
+in `runs/<name>/slurm`, which must be on a disk that the nodes share, as runs must.
 """
 
 from __future__ import annotations

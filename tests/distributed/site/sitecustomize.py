@@ -1,4 +1,4 @@
-"""Python imports this when it starts: ranks are processes that the command starts, and are to be slow as well (tests/faults/driver.py)."""
+"""Python imports this when it starts: ranks, which the command starts, are to be slow as well (tests/faults/driver.py)."""
 
 import os
 import sys
