@@ -13,17 +13,18 @@ import tiny
 import torch
 from double import everything_double
 
-from fullrank.models.load import load_model
+from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.rows import RowModel
+from fullrank.models.source import resolve
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.groups import freeze
 from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import World
-from fullrank.recipe import Train
+from fullrank.recipe import Model, Train
 from fullrank.sequences.layout import dealt, micro_batches
-from fullrank.train import checkpoint
+from fullrank.train import checkpoint, proof
 from fullrank.train.setup import mesh_of
 
 #: Examples of a step.
@@ -122,3 +123,22 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
     assert one.keys() == other.keys()
     return max(float(np.linalg.norm(one[n] - other[n]) / max(np.linalg.norm(other[n]), 1e-30)) for n in one)
+
+
+def exported(world: World, asked: Asked, folder: str, base: str) -> dict[str, Any]:
+    """Writes the model as ranks write it; what the first one found."""
+    engine = engine_of(world, asked)
+    assert isinstance(engine, Fsdp2)
+    if not world.is_first:
+        return {"names": [name for name, _ in engine.whole_weights()]}
+    resolved = resolve(Model(source=base))
+    unchanged, digests = proof.export_divided(
+        engine.model,
+        engine.whole_weights(),
+        load_tokenizer(Path(base)),
+        resolved,
+        dtype=torch.bfloat16,
+        stop_ids=[3],
+        folder=Path(folder),
+    )
+    return {"unchanged": unchanged, "digests": digests}

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_work import Asked, differences, stepped
+from rank_work import Asked, differences, exported, stepped
 from ranks import Ranks
 
+from fullrank.models import export
+from fullrank.models.load import load_model, load_tokenizer
 from fullrank.parallel.world import World
 
 Folder = Callable[..., Path]
@@ -116,6 +118,25 @@ def test_ranks_take_about_as_many_tokens_and_every_example_once(ranks: Worlds, t
         taken = sorted(example for one in found for row in one["orders"][step] for example in row)
         assert taken == list(range(16 * step, 16 * step + 16))
         assert len({len(one["orders"][step]) for one in found}) == 1  # rows, idle ones among them
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_an_export_of_four_ranks_has_the_bytes_of_one(
+    family: str, ranks: Worlds, tiny_model_folder: Folder, tmp_path: Path
+) -> None:
+    """The same weights, cast, named and put together as transformers has them; experts are stored one by one."""
+    folder = tiny_model_folder(family)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for made in (ours, theirs):
+        made.mkdir()
+    first, *_ = ranks(4).ask(exported, Asked(str(folder), dtype=torch.float32), str(ours), str(folder))
+    model = load_model(folder, device=torch.device("cpu"))
+    assert sorted(first["unchanged"]) == sorted(name for name, _ in model.named_parameters())
+    export.cast(model, torch.bfloat16)
+    export.write_model(model, load_tokenizer(folder), [3], theirs)
+    for path in theirs.iterdir():
+        assert (ours / path.name).read_bytes() == path.read_bytes(), path.name
+    assert first["digests"] == {name: export.digest(p) for name, p in model.named_parameters()}
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,31 @@ def test_ranks_train_what_one_process_does(case: Path, of_one: Run) -> None:
 def test_under_torchrun_the_same(case: Path, of_two: dict[str, Any]) -> None:
     weights, _ = finish(case, torchrun=2)
     assert all(np.array_equal(weights[name], tensor) for name, tensor in of_two.items())
+
+
+def test_two_machines_that_share_a_folder(case: Path, of_two: dict[str, Any]) -> None:
+    """Two agents of one rank each, as on two machines, which meet at an address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} --local-addr 127.0.0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting.split(), "-m", "fullrank", "train", str(case)]
+    agents = [
+        subprocess.Popen(
+            [*command, "--runs-dir", str(case.parent / "runs")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [agent.communicate(timeout=PATIENCE_SECONDS) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    weights = load_file(run_of(case).model / "model.safetensors")
+    assert all(np.array_equal(weights[name], tensor) for name, tensor in of_two.items())
+    assert sum("tensors changed in training" in output for output, _ in said) == 1  # the first rank alone tells
 
 
 @pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "was ended by signal 9"), (signal.SIGSTOP, "has been silent for")])

@@ -44,9 +44,7 @@ def register(app: typer.Typer) -> None:
         recipe = loaded(target, overrides, runs_dir)
         pairs = [pair.removeprefix("--").partition("=") for pair in option or []]
         if wrong := [name for name, equals, _ in pairs if not equals]:
-            raise UsageError(
-                f"--option {wrong[0]}: not NAME=VALUE", hint="write sbatch's long option, such as partition=gpu"
-            )
+            raise UsageError(f"--option {wrong[0]}: not NAME=VALUE", hint="write sbatch's long option, such as partition=gpu")
         from fullrank.workflows.slurm import submit
 
         where = Path(target).resolve() if Path(target).exists() else target

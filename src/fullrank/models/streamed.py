@@ -31,6 +31,8 @@ _TYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
+#: As transformers has it.
+MOST_FILE_BYTES = "50GB"
 _ORDER = {dtype: number for number, dtype in enumerate(_TYPES)}
 
 
@@ -51,7 +53,9 @@ class StreamedWeights:
         self._together = self._not_alone(parameters)
         self._waiting: dict[str, torch.Tensor] = {}
         stored = {**self._parts(parameters), **buffers}
-        split = split_torch_state_dict_into_shards(stored, filename_pattern="model{suffix}.safetensors", max_shard_size="50GB")
+        split = split_torch_state_dict_into_shards(
+            stored, filename_pattern="model{suffix}.safetensors", max_shard_size=MOST_FILE_BYTES
+        )
         self._places: dict[str, tuple[Path, int]] = {}
         for file, names in split.filename_to_tensors.items():
             self._begin(folder / file, {name: stored[name] for name in names})

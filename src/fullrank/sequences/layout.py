@@ -21,6 +21,9 @@ import torch
 from fullrank.sequences.forest import LEAST_SHARED, Segment, grow, in_order, shared_prefix
 from fullrank.sequences.store import Example, TokenStore
 
+_Group = tuple[list[int], int]
+"""Examples that stay together, or that make a row, by their number; and their tokens, what they share counted once."""
+
 #: What a row more costs, in tokens: gradients of every weight are read and written once more.
 _ROW_COST_TOKENS = 32
 
@@ -119,16 +122,24 @@ def micro_batches(
         return [row_of([one], shared=False) for one in whole]
     inputs = [example.ids[: needed_tokens(example)] for _, example in whole]
 
-    def grouped(budget: int) -> list[tuple[list[int], int]]:
-        return _alike(inputs, budget) if shared else [([n], len(ids)) for n, ids in enumerate(inputs)]
+    def spread(budget: int) -> list[_Group]:
+        groups = _alike(inputs, budget) if shared else [([n], len(ids)) for n, ids in enumerate(inputs)]
+        return _spread(groups, budget, ranks)
 
-    groups = grouped(budget_tokens)
-    if ranks > 1:  # what stays together may not be more than a rank's part
-        part = -(-sum(tokens for _, tokens in groups) // ranks)
-        budget_tokens = min(budget_tokens, max(part, max(map(len, inputs), default=0)))
-        groups = grouped(budget_tokens)
-    rows = _spread(groups, budget_tokens, ranks)
-    return [row_of([whole[n] for n in row], shared=shared) for row in rows]
+    rows = spread(budget_tokens)
+    if ranks > 1 and rows:
+        longest, total = max(map(len, inputs)), sum(tokens for _, tokens in rows)
+        # Even parts; and even parts of what comes after a beginning that all share, which each rank then has.
+        smaller = {max(longest, -(-total // ranks)), longest + -(-(total - longest) // ranks)}
+        tried = [spread(budget) for budget in sorted(smaller, reverse=True) if budget < budget_tokens]
+        rows = min(rows, *tried, key=lambda some: _longest_hand(some, ranks)) if tried else rows
+    return [row_of([whole[n] for n in members], shared=shared) for members, _ in rows]
+
+
+def _longest_hand(rows: Sequence[_Group], ranks: int) -> int:
+    """Tokens that the ranks take their time for, and what rows cost: of each round the longest row."""
+    lengths = sorted((tokens + _ROW_COST_TOKENS for _, tokens in rows), reverse=True)
+    return sum(lengths[::ranks])
 
 
 def dealt(rows: Sequence[MicroBatch], ranks: int) -> list[list[MicroBatch]]:
@@ -152,12 +163,12 @@ def dealt(rows: Sequence[MicroBatch], ranks: int) -> list[list[MicroBatch]]:
     return hands
 
 
-def _alike(inputs: Sequence[np.ndarray], budget_tokens: int) -> list[tuple[list[int], int]]:
+def _alike(inputs: Sequence[np.ndarray], budget_tokens: int) -> list[_Group]:
     """Groups of examples to be kept together, and the tokens of each group."""
     order = in_order(inputs)
     alike = [shared_prefix(inputs[a], inputs[b]) for a, b in itertools.pairwise(order)]
     alike = [length if length >= LEAST_SHARED else 0 for length in alike]
-    groups: list[tuple[list[int], int]] = []
+    groups: list[_Group] = []
     start = 0
     for end in range(1, len(order) + 1):
         if end == len(order) or not alike[end - 1]:
@@ -198,20 +209,20 @@ def _cuts(lengths: Sequence[int], more: Sequence[int], budget_tokens: int) -> li
     return cuts[::-1]
 
 
-def _spread(groups: Sequence[tuple[list[int], int]], budget_tokens: int, ranks: int) -> list[list[int]]:
+def _spread(groups: Sequence[_Group], budget_tokens: int, ranks: int) -> list[_Group]:
     """Groups -> rows: as few as first-fit decreasing needs, and then so many that each rank has one more or none; filled evenly
     where they then keep to the budget."""
     by_size = sorted(groups, key=lambda group: (-group[1], group[0]))
     fitted: list[list[int]] = []
-    room: list[int] = []
+    fitted_load: list[int] = []
     for members, tokens in by_size:
-        row = next((n for n, left in enumerate(room) if left >= tokens), None)
+        row = next((n for n, load in enumerate(fitted_load) if load + tokens <= budget_tokens), None)
         if row is None:
             fitted.append(list(members))
-            room.append(budget_tokens - tokens)
+            fitted_load.append(tokens)
         else:
             fitted[row] += members
-            room[row] -= tokens
+            fitted_load[row] += tokens
     count = min(-(-len(fitted) // ranks) * ranks, len(groups))
     even: list[list[int]] = [[] for _ in range(count)]
     load = [0] * count
@@ -220,7 +231,8 @@ def _spread(groups: Sequence[tuple[list[int], int]], budget_tokens: int, ranks: 
         even[row] += members
         load[row] += tokens
     longest = max((tokens for _, tokens in by_size), default=0)
-    return even if max(load, default=0) <= max(budget_tokens, longest) else fitted
+    is_even = max(load, default=0) <= max(budget_tokens, longest)
+    return list(zip(even, load, strict=True) if is_even else zip(fitted, fitted_load, strict=True))
 
 
 def row_of(members: Sequence[tuple[int, Example]], *, shared: bool) -> MicroBatch:

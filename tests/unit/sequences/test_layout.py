@@ -12,7 +12,7 @@ import torch
 
 from fullrank.sequences.chat import Tokens
 from fullrank.sequences.forest import Segment, grow
-from fullrank.sequences.layout import MicroBatch, micro_batches
+from fullrank.sequences.layout import MicroBatch, dealt, micro_batches
 
 
 def path_to(row: MicroBatch, position: int) -> list[int]:
@@ -194,3 +194,39 @@ def test_moving_a_row_to_its_own_device_is_free(tmp_path: Path) -> None:
     assert moved.examples == row.examples
     assert moved.input_ids_1T.shape == row.input_ids_1T.shape
     assert moved.owner_P.device.type == "meta"
+
+
+# ---- several ranks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("examples", [1, 5, 24])
+def test_rows_are_dealt_evenly_and_every_example_once(ranks: int, examples: int, tmp_path: Path) -> None:
+    store = tiny.write_store(tmp_path, tiny.random_tokens(24, seed=3))
+    rows = micro_batches(store, range(examples), 64, packed=True, ranks=ranks)
+    hands = dealt(rows, ranks)
+    assert len({len(hand) for hand in hands}) == 1
+    assert sorted(example for hand in hands for row in hand for example in row.examples) == list(range(examples))
+    assert sum(row.supervised_tokens for hand in hands for row in hand) == sum(row.supervised_tokens for row in rows)
+    assert all(row.tokens <= 64 for row in rows)
+    if examples == 24 and ranks > 1:
+        loads = [sum(row.tokens for row in hand) for hand in hands]
+        assert max(loads) <= 1.5 * min(loads)
+        for together in zip(*hands, strict=True):  # what is computed at the same time is about equally long
+            assert max(row.tokens for row in together) - min(row.tokens for row in together) <= 40
+
+
+def test_a_row_that_idles_counts_for_nothing(tmp_path: Path) -> None:
+    store = tiny.write_store(tmp_path, tiny.random_tokens(3))
+    (row,) = micro_batches(store, [0], 64, packed=True)
+    assert len(row.targets_S) and not row.idle().times_S.any()
+    assert (row.idle().supervised_tokens, row.idle().examples, row.idle().separate_tokens) == (0, (), 0)
+    hands = dealt([row], 3)
+    assert [hand[0].supervised_tokens for hand in hands] == [row.supervised_tokens, 0, 0]
+
+
+def test_examples_that_begin_alike_are_parted_only_as_far_as_ranks_need(tmp_path: Path) -> None:
+    alike = [Tokens([*range(40), 100 + n, 7], [False] * 40 + [True] * 2) for n in range(8)]
+    store = tiny.write_store(tmp_path, alike)
+    tokens = {ranks: sum(row.tokens for row in micro_batches(store, range(8), 512, packed=True, ranks=ranks)) for ranks in (1, 2)}
+    assert tokens[1] == 40 + 8 and tokens[2] == 2 * (40 + 4)
