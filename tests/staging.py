@@ -116,4 +116,5 @@ def fresh_here(folder: Path, ids_1T: torch.Tensor, text: str, device: torch.devi
         text_ids=list(tokenizer(text, add_special_tokens=False)["input_ids"]),
         chat_template=str(tokenizer.chat_template) if tokenizer.chat_template else None,
         stop_ids=stops if isinstance(stops, list) else [int(stops)] if stops is not None else [],
+        digests={name: export.digest(p) for name, p in model.named_parameters()},
     )

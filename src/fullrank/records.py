@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fullrank.units import plural
+
 
 class Record(BaseModel):
     """Base of every record: written once, read by name, strict about its fields."""
@@ -381,6 +383,15 @@ class Plan(StageRecord):
     fits: bool
     refusal: str
     """Empty when it fits; otherwise what does not, and the smallest change that would."""
+
+    @property
+    def where(self) -> str:
+        """Devices and engine in words."""
+        if self.engine == "single":
+            return self.machine.device_name
+        held = f", which hold the model {self.replicas} times" if self.replicas > 1 else ""
+        when = "after every row" if self.sync == "row" else "once a step"
+        return f"{plural(self.ranks, 'rank')} of {self.machine.device_name} (FSDP2{held}; gradients summed {when})"
 
     @property
     def recomputed(self) -> str:

@@ -226,19 +226,11 @@ def _trained(plan: Plan) -> str:
     return "all" if plan.trained_parameters == plan.model.parameters else format_count(plan.trained_parameters)
 
 
-def _where(plan: Plan) -> str:
-    if plan.engine == "single":
-        return plan.machine.device_name
-    held = f", which hold the model {plan.replicas} times" if plan.replicas > 1 else ""
-    when = "after every row" if plan.sync == "row" else "once a step"
-    return f"{plural(plan.ranks, 'rank')} of {plan.machine.device_name} (FSDP2{held}; gradients summed {when})"
-
-
 def plan_text(plan: Plan) -> str:
     """The plan in a few lines."""
     train = f"about {format_seconds(plan.train_seconds_predicted)}" if plan.train_seconds_predicted else "for an unknown time"
     lines = [
-        f"plan: {format_count(plan.model.parameters)} parameters, {_trained(plan)} trained, {plan.precision}, on {_where(plan)}",
+        f"plan: {format_count(plan.model.parameters)} parameters, {_trained(plan)} trained, {plan.precision}, on {plan.where}",
         f"  {plan.examples:,} examples, {plan.steps:,} steps ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} of warmup), "
         f"{format_count(plan.train_tokens)} tokens",
         f"  rows of {plan.micro_batch_tokens} tokens"

@@ -170,7 +170,7 @@ def _training(report: Report) -> str:
         "exported weights "
         f"(step {train.best_step:,})",
     ]
-    where = f" on {report.plan.machine.device_name}" if report.plan else ""
+    where = f" on {report.plan.where}" if report.plan else ""
     facts.append(f"{format_seconds(train.loop_seconds)}{where}, peak memory {format_bytes(report.measured_peak_bytes)}")
     proof = train.proof
     if proof.export_logits_identical:

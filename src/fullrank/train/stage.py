@@ -291,6 +291,8 @@ class _Training:
         if self._saved_step != self.progress.step and self._minutes_are_at_stake():
             self._save()  # whatever happens to the export, long work is not done twice
         self._take_stock()
+        peaks = self.world.gathered([self.progress.peak_bytes, self.progress.device_peak_bytes])
+        self.progress.peak_bytes, self.progress.device_peak_bytes = (max(column) for column in zip(*peaks, strict=True))
         if self.progress.best_step != self.progress.step:
             self.engine.load_weights(checkpoint.load_weights(self.best_folder, self.progress.best_step))
 
