@@ -228,7 +228,7 @@ def kills() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         target(
             "runs continued to the same weights, bit by bit",
             KILLS,
-            sum(o["same_weights"] for o in struck),
+            continued,
             "times",
             at_most=False,
         ),
