@@ -134,6 +134,23 @@ plain trainer's only ([results](../benchmarks/results/memory-longest.json)):
 """
 
 
+def memory_quality() -> str:
+    """Validation losses beside those of fp32 AdamW."""
+    figures = _results("memory-quality")["figures"]
+    rows = "\n".join(
+        f"| {name} | {', '.join(f'{loss:.4f}' for loss in losses)} | {100 * figures['relative_difference'][name]:+.2f} % |"
+        for name, losses in figures["validation_losses"].items()
+    )
+    return f"""
+GSM8K, {figures["examples"]} examples, {figures["seeds"]} seeds: the validation loss after training, {figures["validation_loss_before"]:.4f} before it, \
+and its difference from fp32 AdamW's, seed by seed ([results](../benchmarks/results/memory-quality.json)):
+
+| way | validation losses | mean difference |
+|---|---|---|
+{rows}
+"""
+
+
 def data_speed() -> str:
     """How fast data are prepared, and in how much memory."""
     speed, scale = _results("data-speed"), _results("data-scale")["figures"]
@@ -285,6 +302,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "memory-exact": memory_exact,
     "memory-time": memory_time,
     "memory-longest": memory_longest,
+    "memory-quality": memory_quality,
     "data-planted": data_planted,
     "data-speed": data_speed,
     "speed-line": speed_line,
