@@ -36,7 +36,8 @@ class ModelFacts(Record):
 
     source: str
     """As the recipe names it."""
-    kind: Literal["embedded", "folder", "hub"]
+    kind: Literal["embedded", "folder", "hub", "configuration"]
+    """Where it is; `configuration` for sizes alone, without a model."""
     commit: str | None
     """Hub commit, or the digest of the embedded wheel."""
     fingerprint: str
