@@ -341,4 +341,4 @@ def _notes(subject: Subject, rows: Sequence[SimulatedRow]) -> Iterator[str]:
             f"place of {batch:,}, and {plural(last[0].steps, 'step')} in all in place of {steps:,}"
         )
         if weak[-1].devices > steps:
-            yield f"on more than {plural(steps, 'device')} a step of weak scaling would hold more than all epochs: there is no run"
+            yield f"on more than {plural(steps, 'device')} a step of weak scaling would hold more than all epochs: no run"

@@ -34,9 +34,10 @@ def draw(simulation: Simulation) -> Figure:
         f"{cluster.devices_per_node} to a node. Bars: seconds of a step; lines: tokens a second of a device, beside the "
         "fewest devices that fit."
     )
-    return render(
-        "simulation", "From one device to many", caption, alt.hconcat(*columns, spacing=28).resolve_scale(color="shared")
-    )
+    words = f"{simulation.model.source} on {cluster.device}, {cluster.devices_per_node} to a node: simulated, not measured"
+    title = alt.Title(words, anchor="start", fontSize=14, fontWeight=600, offset=10)
+    whole = alt.hconcat(*columns, spacing=28, title=title).resolve_scale(color="shared")
+    return render("simulation", "From one device to many", caption, whole)
 
 
 def parts(simulation: Simulation, scaling: str) -> list[dict[str, Any]]:
@@ -84,5 +85,5 @@ def _column(alt: Any, simulation: Simulation, scaling: str) -> Any:
         x=bottom, y=y
     )
     rule = alt.Chart(alt.Data(values=[{"value": 1}])).mark_rule(color=GRID).encode(y="value:Q")
-    title = alt.Title(_TITLES[scaling], anchor="start", fontSize=12, fontWeight=600, offset=8)
+    title = alt.Title(_TITLES[scaling], anchor="start", frame="group", fontSize=12, fontWeight=600, offset=8)
     return alt.vconcat(bars.properties(title=title), rule + line, spacing=8)
