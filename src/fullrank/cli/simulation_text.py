@@ -18,7 +18,8 @@ _TITLES = {
 
 
 def printed(found: Simulation, console: Console) -> None:
-    """Prints it."""
+    """Prints it, whole wherever it goes."""
+    console.width = max(console.width, _WIDTH)
     console.print(Group(*_lines(found)), soft_wrap=True)
 
 
@@ -54,7 +55,9 @@ def _rate(bytes_per_second: float) -> str:
 
 
 _SIZES = ("devices", "memory", "batch", "rows", "busy")
-_TIMES = ("compute s", "communication s", "exposed s", "step s", "tokens/s", "efficiency", "run")
+_TIMES = ("compute\ns", "communi-\ncation s", "exposed\ns", "step\ns", "tokens\na second", "effi-\nciency", "run")
+#: Columns of the widest table; a narrower terminal wraps its lines rather than lose what stands in them.
+_WIDTH = 110
 
 
 def _table(rows: Sequence[SimulatedRow], cluster: Cluster, title: str) -> Table:
@@ -80,4 +83,6 @@ def _times(row: SimulatedRow, has_price: bool) -> list[str]:
 
 
 def _short(seconds: float) -> str:
+    if 0 < seconds < 0.001:
+        return "< 0.001"
     return f"{seconds:.3g}" if seconds < 100 else f"{seconds:,.0f}"

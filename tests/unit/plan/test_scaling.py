@@ -104,6 +104,8 @@ def test_strong_scaling_keeps_the_step_and_ends_where_examples_do(case: Staged) 
     at = {row.devices: row for row in strong}
     assert at[8].compute_seconds == pytest.approx(at[16].compute_seconds)  # a row is not divided
     assert any(words.startswith("strong scaling ends at 4 devices") for words in found.notes)
+    few = simulation(subject(case), cluster(), most=4)
+    assert not any(words.startswith("strong scaling ends") for words in few.notes)
 
 
 def test_weak_scaling_grows_the_step_until_there_is_no_run(case: Staged) -> None:
@@ -128,6 +130,14 @@ def test_a_free_network_costs_nothing_and_a_slow_one_is_seen(case: Staged) -> No
     slow = rows(simulation(subject(case), cluster(network_bytes_per_second=1e3), most=16), "weak")
     assert slow[3].exposed_seconds is not None and slow[4].exposed_seconds is not None
     assert slow[4].exposed_seconds > 100 * slow[3].exposed_seconds  # the first that leaves its node
+
+
+def test_states_that_wait_in_host_memory_are_divided_too(case: Staged) -> None:
+    waiting = subject(case, machine=case.recipe.machine.model_copy(update={"optimizer_states": "host"}))
+    found = rows(simulation(waiting, cluster(host_bytes_per_second=1.0), most=4), "weak")
+    states = 8 * case.base.facts.parameters  # AdamW's moments, there and back each step
+    for row in found:
+        assert row.update_seconds == pytest.approx(2 * states / row.devices, rel=0.05)
 
 
 def test_the_last_number_of_devices_is_the_one_asked_for(case: Staged) -> None:
