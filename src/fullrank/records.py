@@ -38,7 +38,8 @@ class ModelFacts(Record):
 
     source: str
     """As the recipe names it."""
-    kind: Literal["embedded", "folder", "hub"]
+    kind: Literal["embedded", "folder", "hub", "configuration"]
+    """Where it is; `configuration` for sizes alone, without a model."""
     commit: str | None
     """Hub commit, or the digest of the embedded wheel."""
     fingerprint: str
@@ -417,6 +418,107 @@ class Plan(StageRecord):
             self.optimizer_states
         ]
         return ", ".join(filter(None, (gradients, states)))
+
+
+# ---- simulation -----------------------------------------------------------------------------------------------------
+
+
+class Cluster(Record):
+    """Devices and what connects them, as a simulation assumes them; rates are of one device, those of links each way."""
+
+    device: str
+    device_type: Literal["cuda", "cpu"]
+    source: str
+    """Where these numbers come from, in words."""
+    compute_type: Literal["bf16", "fp32"]
+    """Of the products."""
+    memory_bytes: int = Field(gt=0)
+    flops_per_second: float = Field(gt=0.0)
+    """Peak of products of the compute type."""
+    reached_ratio: float = Field(gt=0.0, le=1.0)
+    """Share of it that whole forward and backward passes reach."""
+    memory_bytes_per_second: float = Field(gt=0.0)
+    host_bytes_per_second: float = Field(gt=0.0)
+    """Between a device and the memory beside it."""
+    devices_per_node: int = Field(ge=1)
+    node_bytes_per_second: float = Field(gt=0.0)
+    """Link inside a node."""
+    network_bytes_per_second: float = Field(gt=0.0)
+    """Link between nodes."""
+    link_ratio: float = Field(gt=0.0, le=1.0)
+    """Share of a link's rate that collectives reach."""
+    call_latency_seconds: float = Field(ge=0.0)
+    """Of a collective, whatever its size."""
+    node_latency_seconds: float = Field(ge=0.0)
+    """Of a hop inside a node."""
+    network_latency_seconds: float = Field(ge=0.0)
+    """Of a hop between nodes."""
+    overlap_ratio: float = Field(ge=0.0, le=1.0)
+    """Share of the compute time during which links can work as well."""
+    shares_node: bool
+    """Whether what is said of a device is a node's, and its ranks share it (those of one CPU)."""
+    price_per_hour: float | None = Field(default=None, ge=0.0)
+    """Of a device, in any currency; None: no price is told."""
+
+
+class SimulatedRow(Record):
+    """A run on a number of devices. Seconds are of a step, and None where it does not fit."""
+
+    devices: int
+    scaling: Literal["strong", "weak"]
+    """strong: the recipe's step, shared by more devices; weak: each has as much to do as one alone, so a step grows."""
+    replicas: int
+    """Groups of devices that hold the model once each."""
+    global_batch_size: int
+    steps: int
+    """Of the run."""
+    rows_per_device: int
+    """In a step, at most."""
+    row_tokens: int
+    """Of the largest row."""
+    busy_ratio: float
+    """Share of the devices' compute time that goes to rows which count: the rest waits for longer rows, or has none."""
+    recompute: Literal["none", "selective", "block", "offload"]
+    sync: Literal["step", "row"]
+    ledger: list[LedgerLine]
+    peak_bytes: int
+    available_bytes: int
+    fits: bool
+    compute_seconds: float | None
+    communication_seconds: float | None
+    """All of it, what is hidden behind compute included."""
+    exposed_seconds: float | None
+    """Communication that compute cannot hide."""
+    update_seconds: float | None
+    """Of the optimizer, and of moving what waits in host memory."""
+    step_seconds: float | None
+    """compute + exposed + update."""
+    tokens_per_second: float | None
+    efficiency_ratio: float | None
+    """tokens_per_second of a device, beside that of the fewest devices that fit."""
+    run_seconds: float | None
+    """All steps; validation, checkpoints and evaluation left out. None where a step would hold more examples than all epochs."""
+    price: float | None
+
+
+class Simulation(Record):
+    """`simulation.json`: memory, time and cost of a run on more and more devices, from stated assumptions; measured is only what
+    `cluster.source` says so of."""
+
+    model: ModelFacts
+    trained_parameters: int
+    precision: Literal["fp32", "bf16-mixed", "bf16-stochastic", "bf16-kahan", "bf16-nearest"]
+    optimizer: str
+    tokens_per_step: float
+    """Of the recipe's steps, mean of those looked at."""
+    steps_looked_at: int
+    cluster: Cluster
+    assumptions: list[str]
+    """In words, beyond the cluster's numbers."""
+    rows: list[SimulatedRow]
+    """strong first, by devices."""
+    notes: list[str]
+    """What the rows show, in words."""
 
 
 # ---- profile --------------------------------------------------------------------------------------------------------

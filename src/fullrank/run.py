@@ -59,6 +59,10 @@ class Run:
         return self.root / "profile.json"
 
     @property
+    def simulation_path(self) -> Path:
+        return self.root / "simulation.json"
+
+    @property
     def environment_path(self) -> Path:
         return self.root / "environment.json"
 

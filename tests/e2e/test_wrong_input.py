@@ -106,6 +106,20 @@ def test_a_model_of_pickles(case: Path) -> None:
     assert "pickles (pytorch_model.bin)" in refused(case, 2, "model.source=pickled")
 
 
+def test_devices_that_cannot_be_simulated(case: Path) -> None:
+    simulate = ("simulate", case.name)
+    for options, told in (
+        (("--device", "h100"), "there is no device 'h100'; did you mean 'h100-sxm'?"),
+        (("--assume", "reached=0.5"), "there is no 'reached' to assume; did you mean 'reached_ratio'?"),
+        (("--price-per-hour", "-1"), "price_per_hour: -1.0: "),
+        (("--model", "lama-3.1-70b"), "did you mean 'llama-3.1-70b'?"),
+    ):
+        done = fullrank(*simulate, *options, cwd=case.parent)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == "", done.stderr
+        assert told in done.stderr and done.stderr.count("error: ") == 1
+        assert not list((case.parent / "runs").glob("*/simulation.json"))
+
+
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 

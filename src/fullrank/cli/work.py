@@ -1,4 +1,4 @@
-"""Verbs that work on a run: plan, profile, train, evaluate, report, run."""
+"""Verbs that work on a run: plan, profile, simulate, train, evaluate, report, run."""
 
 from __future__ import annotations
 
@@ -44,6 +44,50 @@ def register(app: typer.Typer) -> None:
             with Console(quiet_results=as_json) as console:
                 run, found = profiled(recipe, runs_dir, console.hear, steps=steps)
         print(found.model_dump_json() if as_json else f"{profile_text(found)}\nprofile: {run.profile_path}")
+
+    @app.command()
+    def simulate(
+        target: Target,
+        overrides: Overrides = None,
+        device: Annotated[
+            str, typer.Option("--device", help="A device by name, such as h100-sxm, or this-machine.")
+        ] = "h100-sxm",
+        most: Annotated[int | None, typer.Option("--most", help="Most devices: 1,024; of this machine 4, or its GPUs.")] = None,
+        per_node: Annotated[int | None, typer.Option("--devices-per-node", help="8, unless said otherwise.")] = None,
+        price: Annotated[float | None, typer.Option("--price-per-hour", help="Of a device; without it no cost is told.")] = None,
+        model: Annotated[
+            str | None, typer.Option("--model", help="Sizes of another model: a name such as llama-3.1-70b, or its config.json.")
+        ] = None,
+        hybrid: Annotated[
+            bool, typer.Option("--hybrid", help="Every node holds the model once, instead of all together.")
+        ] = False,
+        assume: Annotated[
+            list[str] | None,
+            typer.Option("--assume", metavar="KEY=VALUE", help="Another number for an assumption that is printed."),
+        ] = None,
+        runs_dir: RunsDir = RUNS_DIR,
+        as_json: AsJson = False,
+    ) -> None:
+        """Show memory, time and cost on 1 to 1,024 devices, from stated assumptions; weights need not be there."""
+        recipe = loaded(target, overrides, runs_dir)
+        with stoppable():
+            from rich.console import Console as RichConsole
+
+            from fullrank.cli.console import Console
+            from fullrank.cli.simulation_text import printed
+            from fullrank.plan.cluster import assumptions_in
+            from fullrank.workflows.simulate import simulate as simulated
+
+            assumed = {**assumptions_in(assume or []), "devices_per_node": per_node, "price_per_hour": price}
+            with Console(quiet_results=as_json) as console:
+                run, found = simulated(
+                    recipe, runs_dir, console.hear, device=device, most=most, model=model, hybrid=hybrid, assumed=assumed
+                )
+        if as_json:
+            print(found.model_dump_json())
+            return
+        printed(found, RichConsole(highlight=False))
+        print(f"simulation: {run.simulation_path}")
 
     @app.command()
     def train(target: Target, overrides: Overrides = None, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:

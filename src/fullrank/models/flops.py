@@ -12,8 +12,11 @@ and anything elementwise do not count: they are what the ratio is to show.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fullrank.models.attention import windows_of
@@ -24,26 +27,63 @@ from fullrank.sequences.layout import MicroBatch
 _VISITED = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk")
 
 
+@dataclass(frozen=True)
+class Products:
+    """The matrix products of a model: the weights that tokens meet. A model without numbers (of the device `meta`) will do."""
+
+    met_by_all: int
+    """Weights of the blocks that every token is multiplied with; of experts, as many as a token visits."""
+    met_by_predicting: int
+    """Weights of the last block that only tokens which predict something are multiplied with."""
+    head: int
+    """Weights of the head, likewise."""
+    attention_width: int
+    """Heads x head size."""
+    windows: tuple[int | None, ...]
+    """Of each layer: see `fullrank.models.attention.windows_of`."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Products:
+        """Counts them."""
+        config = model.config.get_text_config()
+        last = f".{config.num_hidden_layers - 1}."
+        by_all = by_predicting = 0
+        for name, module in model.base_model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                reads_all = name.endswith(("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value"))
+                weights, is_last = int(module.weight.numel()), last in f".{name}"
+                by_predicting += weights if is_last and not reads_all else 0
+                by_all += 0 if is_last and not reads_all else weights
+        visited = next((n for n in (getattr(config, name, None) for name in _VISITED) if isinstance(n, int)), None)
+        for name, parameter in model.base_model.named_parameters():
+            if visited and parameter.ndim == 3 and parameter.shape[1] > 1:  # experts; a convolution by channel has 1
+                weights, is_last = parameter.numel() * visited // parameter.shape[0], last in f".{name}"
+                by_predicting += weights if is_last else 0
+                by_all += 0 if is_last else weights
+        heads = int(config.num_attention_heads)
+        return cls(
+            met_by_all=by_all,
+            met_by_predicting=by_predicting,
+            head=int(model.get_output_embeddings().weight.numel()),
+            attention_width=heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            windows=tuple(windows_of(model.config)),
+        )
+
+    def in_blocks(self, batch: MicroBatch) -> int:
+        """Operations of a row's forward and backward pass, the head's left out: what recomputation repeats a third of."""
+        kept = int(torch.unique(batch.predicting_S).numel())
+        pairs = {window: _pairs(batch, window) for window in set(self.windows)}
+        attention = 12 * self.attention_width * sum(pairs[window] for window in self.windows)
+        return 6 * (self.met_by_all * batch.tokens + self.met_by_predicting * kept) + attention
+
+    def needed(self, batch: MicroBatch) -> int:
+        """Operations of a row's forward and backward pass."""
+        return self.in_blocks(batch) + 6 * self.head * int(torch.unique(batch.predicting_S).numel())
+
+
 def needed_flops(rows: RowModel, batch: MicroBatch) -> int:
     """Operations of a row's forward and backward pass."""
-    model, config = rows.model, rows.model.config.get_text_config()
-    kept = int(torch.unique(batch.predicting_S).numel())
-    last = f"{config.num_hidden_layers - 1}."
-    head = model.get_output_embeddings()
-    total = 6 * int(head.weight.numel()) * kept
-    for name, module in model.base_model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            weights, is_last = int(module.weight.numel()), f".{last}" in f".{name}"
-            reads_all = name.endswith(("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value"))
-            total += 6 * weights * (kept if is_last and not reads_all else batch.tokens)
-    visited = next((n for n in (getattr(config, name, None) for name in _VISITED) if isinstance(n, int)), None)
-    for name, parameter in model.base_model.named_parameters():
-        if visited and parameter.ndim == 3 and parameter.shape[1] > 1:  # experts; a convolution by channel has 1
-            share = visited / parameter.shape[0]
-            total += int(6 * parameter.numel() * share * (kept if f".{last}" in f".{name}" else batch.tokens))
-    heads = int(config.num_attention_heads)
-    width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return total + 12 * width * sum(_pairs(batch, window) for window in windows_of(model.config))
+    return Products.of(rows.model).needed(batch)
 
 
 def _pairs(batch: MicroBatch, window: int | None) -> int:

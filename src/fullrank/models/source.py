@@ -28,15 +28,17 @@ from fullrank.records import ModelFacts
 from fullrank.run import file_digest, fingerprint
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
+_WANTED = ["*.safetensors", "*.safetensors.index.json", *_SMALL]
 
 
-def resolve(model: Model, tell: Callable[[str], None] = lambda words: None) -> ResolvedModel:
+def resolve(model: Model, tell: Callable[[str], None] = lambda words: None, *, needs_weights: bool = True) -> ResolvedModel:
     """Finds (and if need be fetches) the base model.
 
     Args:
         model: the recipe's model section.
         tell: called with words on what takes time.
+        needs_weights: False where configuration and tokenizer are enough: weights are then neither fetched nor missed.
 
     Raises:
         ModelError: unknown, not reachable, pickle weights only, or an architecture that transformers does not implement.
@@ -50,13 +52,13 @@ def resolve(model: Model, tell: Callable[[str], None] = lambda words: None) -> R
         kind, folder = "folder", Path(model.source)
     else:
         kind = "hub"
-        folder, commit = _fetch(model, tell)
-    _refuse_unsafe(folder, model.source)
+        folder, commit = _fetch(model, tell, _WANTED if needs_weights else _SMALL)
+    _refuse_unsafe(folder, model.source, needs_weights=needs_weights)
     return ResolvedModel(folder, _facts(folder, model.source, kind, commit))
 
 
-def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
-    """Downloads a hub model's safetensors, configuration and tokenizer: (folder, commit)."""
+def _fetch(model: Model, tell: Callable[[str], None], wanted: list[str]) -> tuple[Path, str]:
+    """Downloads a hub model's files of the wanted names: (folder, commit)."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -76,7 +78,7 @@ def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
         _refuse_pickles(files, model.source)
         tell(f"fetching {model.source} at {str(info.sha)[:12]} from the hub")
         # By its own name, so that the cache knows what the name meant when there is no network; the folder is the commit's.
-        folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
         return folder, folder.name
     except GatedRepoError:
         raise ModelError(
@@ -94,7 +96,7 @@ def _fetch(model: Model, tell: Callable[[str], None]) -> tuple[Path, str]:
         if not isinstance(error, (OfflineModeIsEnabled, HfHubHTTPError, OSError)) and "httpx" not in type(error).__module__:
             raise  # a connection that fails is an error of the hub's HTTP client: httpx, httpx2, ...
         try:  # what an earlier run has fetched serves without a network
-            folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=_WANTED, local_files_only=True))
+            folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted, local_files_only=True))
             return folder, folder.name
         except (LocalEntryNotFoundError, ValueError):
             raise ModelError(
@@ -118,12 +120,13 @@ def _refuse_pickles(files: list[str], name: str) -> None:
     )
 
 
-def _refuse_unsafe(folder: Path, name: str) -> None:
+def _refuse_unsafe(folder: Path, name: str, *, needs_weights: bool = True) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{name}: no config.json in {folder}", hint="a model folder has config.json, *.safetensors and tokenizer.json"
         )
-    _refuse_pickles([path.name for path in folder.iterdir()], name)
+    if needs_weights:
+        _refuse_pickles([path.name for path in folder.iterdir()], name)
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -158,6 +161,8 @@ def _stored_dtype(folder: Path) -> str:
         except SafetensorError as error:
             raise ModelError(f"{path}: not a whole safetensors file: {error}", hint="fetch or copy it again") from None
     names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    if not sizes:  # weights are not here
+        return str(load_config(folder).dtype or torch.float32).removeprefix("torch.")
     most = sizes.most_common(1)[0][0]
     if most not in names:
         raise ModelError(
@@ -174,7 +179,27 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def _facts(folder: Path, source: str, kind: Literal["embedded", "folder", "hub"], commit: str | None) -> ModelFacts:
-    config = load_config(folder)
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model")
+    )
+    digests = fingerprint({path.name: file_digest(path) for path in files})
+    return facts_of(load_config(folder), source, kind=kind, commit=commit, fingerprint=digests, dtype=_stored_dtype(folder))
+
+
+def facts_of(
+    config: PreTrainedConfig,
+    source: str,
+    *,
+    kind: Literal["embedded", "folder", "hub", "configuration"],
+    commit: str | None,
+    fingerprint: str,
+    dtype: str,
+) -> ModelFacts:
+    """The facts about a model of this configuration, of which nothing is made.
+
+    Raises:
+        ModelError: it has no one number of attention heads.
+    """
     text = config.get_text_config()
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -184,19 +209,16 @@ def _facts(folder: Path, source: str, kind: Literal["embedded", "folder", "hub"]
             f"{source}: {type(skeleton).__name__} has no one number of attention heads, so its memory cannot be planned",
             hint="use a transformer model",
         )
-    files = sorted(
-        path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model")
-    )
     mlp_width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     widest = max(mlp_width) if isinstance(mlp_width, (list, tuple)) else mlp_width  # some give one to each layer
     return ModelFacts(
         source=source,
         kind=kind,
         commit=commit,
-        fingerprint=fingerprint({path.name: file_digest(path) for path in files}),
+        fingerprint=fingerprint,
         architecture=type(skeleton).__name__,
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        dtype=_stored_dtype(folder),
+        dtype=dtype,
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
         heads=heads,

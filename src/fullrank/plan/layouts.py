@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -133,15 +134,30 @@ class Laid:
 
 
 class Looks:
-    """What the run's first steps come to at a budget; each is laid out once."""
+    """What the run's first steps come to at a budget; each is laid out once.
 
-    def __init__(self, store: TokenStore, order: Order, *, shared: bool, ranks: int = 1) -> None:
+    Args:
+        store: training examples.
+        order: of the run.
+        shared: whether examples of a row share what they begin with.
+        ranks: that the rows are dealt to.
+        steps: most steps that are looked at; None for those of the order.
+    """
+
+    def __init__(self, store: TokenStore, order: Order, *, shared: bool, ranks: int = 1, steps: int | None = None) -> None:
         self.store, self.order, self.shared, self.ranks = store, order, shared, ranks
+        self.looked_at = order.first_steps[:steps]
         self._seen: dict[int, Laid] = {}
-        steps = list(_step_tokens(store, order))
-        self.needed_tokens = sum(steps)
+        tokens = list(_step_tokens(store, order))
+        self.needed_tokens = sum(tokens)
         """Of all steps, without those that influence no loss."""
-        self._largest_step = max(steps)
+        self._largest_step = max(tokens)
+
+    def among(self, ranks: int) -> Looks:
+        """The same steps, for another number of ranks."""
+        other = copy.copy(self)
+        other.ranks, other._seen = ranks, {}
+        return other
 
     def at(self, budget: int) -> Laid:
         """The rows of at most so many tokens."""
@@ -149,7 +165,7 @@ class Looks:
             longest = self.store[int(self.store.lengths.argmax())]
             tokens, predictions, computed, separate = needed_tokens(longest), longest.supervised_targets, 0, 0
             most_rows = 1
-            for step in self.order.first_steps:
+            for step in self.looked_at:
                 rows = self.step(step, budget)
                 most_rows = max(most_rows, -(-len(rows) // self.ranks))
                 for row in rows:

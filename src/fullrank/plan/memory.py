@@ -165,6 +165,12 @@ def weight_bytes(recipe: Recipe) -> int:
     return 4 if recipe.train.rounding == "none" else 2
 
 
+def gathered_number_bytes(recipe: Recipe, device: str) -> tuple[int, int]:
+    """Bytes of a weight of a block, and of one outside the blocks, while it is whole (`fullrank.parallel.sharded.divide`)."""
+    stored_in_two = weight_bytes(recipe) == 2 and device != "cpu"
+    return 2 if recipe.train.precision == "bf16-mixed" or stored_in_two else 4, 2 if stored_in_two else 4
+
+
 def states_bytes(shapes: Shapes, recipe: Recipe, ranks: int = 1) -> int:
     """Of the optimizer's states, wherever they are; of the rank that has most."""
     train = recipe.train
@@ -175,8 +181,7 @@ def _divided(shapes: Shapes, recipe: Recipe, device: str, division: Division) ->
     """Weights, gradients and states of a rank, with what is whole for a while: what is outside the blocks through a row, and two
     blocks, of which the next is gathered while one computes."""
     ranks, weight = division.ranks, weight_bytes(recipe)
-    computes = 2 if recipe.train.precision == "bf16-mixed" or (weight == 2 and device != "cpu") else 4
-    outside = 2 if weight == 2 and device != "cpu" else 4
+    computes, outside = gathered_number_bytes(recipe, device)
     n, trained = shapes.parameters, shapes.trained_parameters
     gathered = 2 * shapes.block * computes + shapes.outside * outside
     lines = [

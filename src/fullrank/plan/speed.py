@@ -56,13 +56,17 @@ def measure(
     trained_parameters: int,
     recompute: str,
     available_bytes: int,
+    tuned: bool = True,
 ) -> Speed | None:
-    """Times one and two blocks on a row; None where even two blocks would take too much memory."""
+    """Times one and two blocks on a row; None where even two blocks would take too much memory.
+
+    `tuned` says whether modules may add their gradients themselves (`fullrank.models.rows.RowModel`): not under FSDP2.
+    """
     block = (model.parameters - model.vocabulary * model.hidden_size) // model.layers
     slice_bytes = 16 * (2 * block + 2 * model.vocabulary * model.hidden_size) + row.supervised_tokens * model.vocabulary * 12
     if slice_bytes > _MEMORY_SHARE * available_bytes:
         return None
-    one, two = (_time_blocks(config, blocks, row, device, train, recompute) for blocks in (1, 2))
+    one, two = (_time_blocks(config, blocks, row, device, train, recompute, tuned) for blocks in (1, 2))
     tokens = row.tokens
 
     def whole(first: float, second: float) -> float:
@@ -78,7 +82,7 @@ def measure(
 
 
 def _time_blocks(
-    config: PreTrainedConfig, blocks: int, row: MicroBatch, device: torch.device, train: Train, recompute: str
+    config: PreTrainedConfig, blocks: int, row: MicroBatch, device: torch.device, train: Train, recompute: str, tuned: bool
 ) -> tuple[float, float]:
     """(forward, forward and backward) seconds of a random model with that many blocks: the faster of two after a warm-up."""
     small = copy.deepcopy(config)
@@ -91,7 +95,7 @@ def _time_blocks(
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=attention_for(small))
     model.train()
-    rows, row = RowModel(model, adds_gradients=True), row.to(device)
+    rows, row = RowModel(model, adds_gradients=tuned), row.to(device)
     recompute_blocks(model, recompute)
 
     def forward_only() -> None:

@@ -36,7 +36,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -
         UsageError: the ranks cannot be divided as the recipe says.
     """
     card = need_record(run.data / "card.json", DataCard, "plan")
-    engine = _engine(recipe, world)
+    engine = engine_of(recipe, world)
     machine = look(recipe.machine, run.root, world.local_size)
     current = _fingerprint(recipe, card, base, machine, world)
     plan = read_record(run.plan_path, Plan)
@@ -55,7 +55,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -
     return plan
 
 
-def _engine(recipe: Recipe, world: World) -> Engine:
+def engine_of(recipe: Recipe, world: World) -> Engine:
     """What computes the steps.
 
     Raises:

@@ -50,12 +50,7 @@ def draw(report: Report) -> list[Figure]:
     Raises:
         UsageError: Altair or its renderer is not installed.
     """
-    try:
-        import altair as alt
-        import vl_convert  # noqa: F401 - what Altair renders SVG and PNG with
-    except ImportError as error:
-        package = "vl-convert-python" if error.name == "vl_convert" else "altair"
-        raise missing_extra(package, "report", "drawing charts") from error
+    alt = altair()
     scores = _scores(alt, report)
     figures = [scores] if scores else []
     rows = [row for row in report.steps if row.step > 0]
@@ -68,6 +63,21 @@ def draw(report: Report) -> list[Figure]:
             _speed(alt, rows),
         ]
     return figures
+
+
+def altair() -> Any:
+    """The library, once what it renders with is there.
+
+    Raises:
+        UsageError: Altair or its renderer is not installed.
+    """
+    try:
+        import altair as alt
+        import vl_convert  # noqa: F401 - what Altair renders SVG and PNG with
+    except ImportError as error:
+        package = "vl-convert-python" if error.name == "vl_convert" else "altair"
+        raise missing_extra(package, "report", "drawing charts") from error
+    return alt
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -150,13 +160,13 @@ def _loss(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
         "large point is "
         f"step {report.train.best_step:,}, whose weights were exported."
     )
-    return _render("loss", "Training and validation loss", caption, chart)
+    return render("loss", "Training and validation loss", caption, chart)
 
 
 def _learning_rate(alt: Any, rows: Sequence[StepRow]) -> Figure:
     values, every = thin(rows, "learning_rate")
     chart = _line(alt, values, "Learning rate", {"format": ".1e"}, {"zero": True})
-    return _render("learning_rate", "Learning rate", f"The rate each step was made with. {_per_step(every)}", chart)
+    return render("learning_rate", "Learning rate", f"The rate each step was made with. {_per_step(every)}", chart)
 
 
 def _gradient_norm(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
@@ -172,7 +182,7 @@ def _gradient_norm(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
         rule = alt.Chart(alt.Data(values=[{"value": limit}])).mark_rule(color=MUTED, strokeDash=[5, 4]).encode(y="value:Q")
         chart = alt.layer(chart, rule)
         words += f" Dashed: the limit of {limit:g}; {clipped:,} of {len(rows):,} steps were scaled down to it."
-    return _render("gradient_norm", "Gradient norm", words, chart)
+    return render("gradient_norm", "Gradient norm", words, chart)
 
 
 def _changed(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
@@ -191,7 +201,7 @@ def _changed(alt: Any, report: Report, rows: Sequence[StepRow]) -> Figure:
         )
     else:
         words += "Weights of 32 bits stay only where an update is too small even for them, or is nothing."
-    return _render("changed", "Weights changed", words, chart)
+    return render("changed", "Weights changed", words, chart)
 
 
 def _speed(alt: Any, rows: Sequence[StepRow]) -> Figure:
@@ -203,7 +213,7 @@ def _speed(alt: Any, rows: Sequence[StepRow]) -> Figure:
         if (seconds := sum(row.seconds for row in group)) > 0
     ]
     chart = _line(alt, values, "Tokens a second", {"format": "~s"}, {"zero": True})
-    return _render(
+    return render(
         "speed",
         "Training speed",
         f"Tokens of the step over its wall time, validations left out. {_per_step(every)}",
@@ -237,7 +247,7 @@ def _scores(alt: Any, report: Report) -> Figure | None:
         "Points are scores, bars their 95 % bootstrap intervals over the test items. Hollow (brown): base model; "
         "filled (blue): tuned model."
     )
-    return _render("scores", "Before and after", caption, alt.vconcat(*panels, spacing=14))
+    return render("scores", "Before and after", caption, alt.vconcat(*panels, spacing=14))
 
 
 def _score_panel(alt: Any, title: str, order: list[str], values: list[dict[str, Any]], legend: bool) -> Any:
@@ -278,7 +288,8 @@ def _score_panel(alt: Any, title: str, order: list[str], values: list[dict[str, 
 # ---- rendering ------------------------------------------------------------------------------------------------------
 
 
-def _render(name: str, title: str, caption: str, chart: Any) -> Figure:
+def render(name: str, title: str, caption: str, chart: Any) -> Figure:
+    """A chart in both forms, in the style of all charts."""
     if not hasattr(chart, "vconcat"):
         chart = chart.properties(autosize={"type": "fit", "contains": "padding"})
     svg, png = io.StringIO(), io.BytesIO()

@@ -29,12 +29,13 @@ class Described:
     chat: ChatFormat
 
 
-def describe(recipe: Recipe, tell: Callable[[str], None]) -> Described:
+def describe(recipe: Recipe, tell: Callable[[str], None], *, needs_weights: bool = True) -> Described:
     """Finds it here.
 
     Args:
         recipe: as loaded.
         tell: called with words on what takes time.
+        needs_weights: see `fullrank.models.source.resolve`.
 
     Raises:
         FullrankError: the device is not there, the model cannot be found or is refused, or the template cannot be used.
@@ -58,7 +59,7 @@ def describe(recipe: Recipe, tell: Callable[[str], None]) -> Described:
             "train": recipe.train.model_copy(update={"precision": precision, "max_grad_norm": recipe.train.clip_norm}),
         }
     )
-    base = resolve(recipe.model, tell)
+    base = resolve(recipe.model, tell, needs_weights=needs_weights)
     data = recipe.data
     chat = load_chat_format(base.folder, data.chat_template, data.template_date, recipe.model.source)
     return Described(resolved, base, chat)
