@@ -357,6 +357,8 @@ class Plan(StageRecord):
     """Processes that share the work, one a device."""
     replicas: int
     """Groups of them that hold the model once each."""
+    context: int
+    """Of them, that share each row."""
     sync: Literal["step", "row"]
     """When gradients are summed over ranks: once a step, until when each rank has them whole, or after every row."""
     examples: int

@@ -230,6 +230,7 @@ def _where(plan: Plan) -> str:
     if plan.engine == "single":
         return plan.machine.device_name
     held = f", which hold the model {plan.replicas} times" if plan.replicas > 1 else ""
+    held += f", {plan.context} sharing each row" if plan.context > 1 else ""
     when = "after every row" if plan.sync == "row" else "once a step"
     return f"{plural(plan.ranks, 'rank')} of {plan.machine.device_name} (FSDP2{held}; gradients summed {when})"
 
