@@ -15,6 +15,7 @@ import tiny
 import torch
 from double import everything_double
 
+from fullrank.errors import ModelError
 from fullrank.models.attention import attend
 from fullrank.models.load import load_model
 from fullrank.models.rows import RowModel
@@ -232,3 +233,43 @@ def _masked(
     out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ values
     grads = torch.autograd.grad((out * slope).sum(), given)
     return dict(zip(("out", "query", "key", "value"), (out.detach(), *grads), strict=True))
+
+
+def refused(world: World, family: str, changes: dict[str, Any], blind: bool = False) -> str:
+    """What is said of a model that is to take rows in parts; empty where it can.
+
+    Args:
+        family: of `tiny`, or one that it does not have.
+        blind: the last rank of the ring sees nothing of what visits.
+    """
+    own = ring.ContextRing()
+    if blind and world.rank == world.size - 1:
+        pass_on = own.passed_on
+
+        def passed_on(flat: torch.Tensor, coming: int, tag: int) -> Any:
+            wait = pass_on(flat, coming, tag)
+            return lambda: torch.zeros_like(wait())
+
+        own.passed_on = passed_on  # type: ignore[method-assign]
+    model = _others(family) if family not in tiny.FAMILIES else tiny.model(family, **changes)
+    try:
+        RowModel(model, ring=own)
+    except ModelError as error:
+        return error.message
+    return ""
+
+
+def _others(family: str) -> Any:
+    """Small models of families with attention sinks, or without attention."""
+    import transformers
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    config: Any = {
+        "gpt_oss": lambda: transformers.GptOssConfig(
+            **sizes, **attention, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2
+        ),
+        "mamba": lambda: transformers.MambaConfig(**sizes, state_size=8),
+    }[family]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_work import Asked, RingAsked, differences, ringed, stepped
+from rank_work import Asked, RingAsked, differences, refused, ringed, stepped
 from ranks import Ranks
+from staging import write_case
 
+from fullrank import loading
 from fullrank.parallel.world import World
+from fullrank.run import read_json_lines
+from fullrank.workflows.stages import run_until
 
 Folder = Callable[..., Path]
 Worlds = Callable[[int], Ranks]
@@ -96,3 +100,45 @@ def test_every_way_to_share_rows_is_the_same_step(
 def test_fifty_steps(size: int, ranks: Worlds, tiny_model_folder: Folder) -> None:
     """Two ranks that share rows; and two such pairs, among all of whom FSDP2 divides the model."""
     learned_alike(size, Asked(str(tiny_model_folder("llama")), steps=50, context=2), ranks)
+
+
+# ---- what is refused, and a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gpt2", {"attn_pdrop": 0.1}, "dropout"),
+        ("llama", {"attention_dropout": 0.1}, "dropout"),
+        ("gpt_oss", {}, "attention sinks"),
+        ("mamba", {}, "one example a row"),
+    ],
+    ids=["gpt2", "llama", "gpt_oss", "mamba"],
+)
+def test_a_model_whose_rows_cannot_be_divided_is_refused_by_name(
+    family: str, changes: dict[str, Any], words: str, ranks: Worlds
+) -> None:
+    for said in ranks(2).ask(refused, family, changes):
+        assert said.startswith("parallel.context: the rows of ") and words in said
+
+
+def test_a_ring_that_is_not_right_is_noticed(ranks: Worlds) -> None:
+    """One rank's ring leaves out what visits: every rank says so."""
+    for said in ranks(2).ask(refused, "llama", {}, True):
+        assert "its logits are others then" in said
+
+
+def test_a_run_of_two_ranks_that_share_rows_has_the_losses_of_one_process(
+    tmp_path: Path, tiny_model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned, rehearsed, trained, validated and exported, as `fullrank train` does it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = write_case(tmp_path, tiny_model_folder("qwen3"), rows=12)
+    losses, validations = [], []
+    for name, overrides in {"one": [], "two": ["parallel.ranks=2", "parallel.context=2"]}.items():
+        run = run_until("train", loading.load(recipe, [f"name={name}", *overrides]), tmp_path / "runs")
+        rows = read_json_lines(run.train / "steps.jsonl")
+        losses.append([row["loss"] for row in rows])
+        validations.append([row["validation_loss"] for row in rows if row["validation_loss"] is not None])
+    assert np.allclose(losses[1], losses[0], rtol=1e-4, atol=0)
+    assert np.allclose(validations[1], validations[0], rtol=1e-4, atol=0) and validations[0]
