@@ -60,6 +60,8 @@ class Asked:
     checkpoints: str = ""
     """Where a checkpoint is written after the last step, and read from before the first."""
     budget: int = 64
+    alike: bool = False
+    """Whether examples begin alike, and some are there twice."""
 
 
 def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
@@ -76,9 +78,16 @@ def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
     return Fsdp2(rows, train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync)  # type: ignore[arg-type]
 
 
-def examples() -> Any:
-    """A store of random examples."""
-    return tiny.write_store(Path(tempfile.mkdtemp()), tiny.random_tokens(60, vocabulary=300))
+def examples(alike: bool = False) -> Any:
+    """A store of random examples; see `Asked.alike`."""
+    tokens = tiny.random_tokens(60, vocabulary=300)
+    if alike:
+        for number, each in enumerate(tokens):
+            if number % 3 == 2:
+                tokens[number] = tokens[number - 1]
+            else:
+                tokens[number] = type(each)([5, 6, 7, 8, 9 + number % 2, *each.ids], [False] * 5 + list(each.supervised))
+    return tiny.write_store(Path(tempfile.mkdtemp()), tokens)
 
 
 def stepped(world: World, asked: Asked, divided: bool = True) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def stepped(world: World, asked: Asked, divided: bool = True) -> dict[str, Any]:
 
 
 def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
-    engine, store = engine_of(world, asked, divided=divided), examples()
+    engine, store = engine_of(world, asked, divided=divided), examples(asked.alike)
     losses, norms, orders = [], [], []
     if asked.first:
         folder = checkpoint.newest(Path(asked.checkpoints), print)

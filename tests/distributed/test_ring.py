@@ -86,6 +86,8 @@ def test_two_ranks_that_share_rows_learn_what_one_process_does(family: str, rank
         (3, {"context": 3, "recompute": "block"}),
         (2, {"context": 2, "recompute": "block", "sync": "row"}),
         (2, {"context": 2, "budget": 400, "examples": 20}),
+        (2, {"context": 2, "alike": True}),
+        (4, {"context": 4, "alike": True}),
         (2, {"context": 2, "train": {"frozen": ["model.embed_tokens", "model.layers.0.*"]}}),
     ],
     ids=str,
