@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import tiny
 import torch
 from double import everything_double
 
+from fullrank.errors import ModelError
+from fullrank.models.attention import attend
 from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.rows import RowModel
 from fullrank.models.source import resolve
+from fullrank.parallel import ring
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.groups import freeze
@@ -23,8 +28,11 @@ from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import World
 from fullrank.recipe import Model, Train
-from fullrank.sequences.layout import dealt, micro_batches
+from fullrank.sequences.layout import MicroBatch, row_of
+from fullrank.sequences.parts import part_of
+from fullrank.sequences.store import Example
 from fullrank.train import checkpoint, proof
+from fullrank.train.loop import Layout, validation_loss
 from fullrank.train.setup import mesh_of
 
 #: Examples of a step.
@@ -44,6 +52,7 @@ class Asked:
     recompute: str = "none"
     sync: str = "step"
     replicas: int = 1
+    context: int = 1
     steps: int = 4
     first: int = 0
     """Step to begin with, from a checkpoint if it is not 0."""
@@ -52,6 +61,8 @@ class Asked:
     checkpoints: str = ""
     """Where a checkpoint is written after the last step, and read from before the first."""
     budget: int = 64
+    alike: bool = False
+    """Whether examples begin alike, and some are there twice."""
 
 
 def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
@@ -64,12 +75,20 @@ def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
         return SingleDevice(RowModel(model), train, recompute=asked.recompute)
     mesh = mesh_of(world, asked.replicas, "cpu")
     model = load_sharded(folder, mesh, dtype=asked.dtype, compute_type=asked.compute_type, frozen=train.frozen)
-    return Fsdp2(RowModel(model), train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync)  # type: ignore[arg-type]
+    rows = RowModel(model, ring=ring.ring_of(world, asked.context, "cpu"))
+    return Fsdp2(rows, train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync)  # type: ignore[arg-type]
 
 
-def examples() -> Any:
-    """A store of random examples."""
-    return tiny.write_store(Path(tempfile.mkdtemp()), tiny.random_tokens(60, vocabulary=300))
+def examples(alike: bool = False) -> Any:
+    """A store of random examples; see `Asked.alike`."""
+    tokens = tiny.random_tokens(60, vocabulary=300)
+    if alike:
+        for number, each in enumerate(tokens):
+            if number % 3 == 2:
+                tokens[number] = tokens[number - 1]
+            else:
+                tokens[number] = type(each)([5, 6, 7, 8, 9 + number % 2, *each.ids], [False] * 5 + list(each.supervised))
+    return tiny.write_store(Path(tempfile.mkdtemp()), tokens)
 
 
 def stepped(world: World, asked: Asked, divided: bool = True) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def stepped(world: World, asked: Asked, divided: bool = True) -> dict[str, Any]:
 
 
 def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
-    engine, store = engine_of(world, asked, divided=divided), examples()
+    engine, store = engine_of(world, asked, divided=divided), examples(asked.alike)
     losses, norms, orders = [], [], []
     if asked.first:
         folder = checkpoint.newest(Path(asked.checkpoints), print)
@@ -93,8 +112,9 @@ def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
         chosen = range(
             asked.examples * step, asked.examples * step + (1 if step == asked.first + asked.steps - 1 else asked.examples)
         )
-        rows = micro_batches(store, list(chosen), asked.budget, packed=True, ranks=world.size)
-        own = dealt(rows, world.size)[world.rank]
+        layout = Layout(asked.budget, True, True, world.size, asked.context if divided else 1)
+        rows = layout.rows(store, np.asarray(chosen) % len(store))
+        own = layout.own(rows, world)
         supervised = sum(row.supervised_tokens for row in rows)
         outcome = engine.step(own, supervised, learning_rate=1e-2, seed=step)
         assert outcome.updated
@@ -104,8 +124,16 @@ def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
     if asked.checkpoints and not asked.first:
         checkpoint.save(Path(asked.checkpoints), asked.steps, engine.state(), {}, world)
     found = whole(engine)
+    validation = validation_loss(engine, store, layout, world)
     engine.close()
-    return {"losses": losses, "norms": norms, "orders": orders, "weights": found, "never_reached": engine.never_reached()}
+    return {
+        "validation": validation,
+        "losses": losses,
+        "norms": norms,
+        "orders": orders,
+        "weights": found,
+        "never_reached": engine.never_reached(),
+    }
 
 
 def whole(engine: Engine) -> dict[str, Any]:
@@ -119,8 +147,6 @@ def whole(engine: Engine) -> dict[str, Any]:
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """Largest relative difference of a tensor, by 2-norms."""
-    import numpy as np
-
     assert one.keys() == other.keys()
     return max(float(np.linalg.norm(one[n] - other[n]) / max(np.linalg.norm(other[n]), 1e-30)) for n in one)
 
@@ -142,3 +168,137 @@ def exported(world: World, asked: Asked, folder: str, base: str) -> dict[str, An
         folder=Path(folder),
     )
     return {"unchanged": unchanged, "digests": digests}
+
+
+# ---- ring attention ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RingAsked:
+    """Attention over a row."""
+
+    examples: list[list[int]]
+    """Tokens of each stretch of each example; stretches of the same number and length that begin alike are the same tokens."""
+    heads: int = 4
+    key_heads: int = 2
+    window: int | None = None
+    softcap: float | None = None
+    tile: int = ring.TILE
+
+
+def ringed(world: World, asked: RingAsked) -> dict[str, float]:
+    """Largest differences of a rank's outputs and gradients from those of masked attention over the whole row, relative to the
+    largest number where that is above 1."""
+    row = _row(asked)
+    positions = row.position_ids_1T[0]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, heads, row.tokens, 8, generator=generator, dtype=torch.float64)
+        for heads in (asked.heads, asked.key_heads, asked.key_heads, asked.heads)
+    ]
+    query, key, value, slope = tensors
+    wanted = _masked(row, positions, asked, [some.clone().requires_grad_() for some in (query, key, value)], slope)
+    part = part_of(row, world.size, world.rank)
+    assert part.part is not None
+    own = torch.cat([torch.arange(*stretch) for stretch in part.part.stretches[world.rank]])
+    real = own < row.tokens  # tokens that fill the row up are random ones
+    filled = [torch.cat([some, torch.randn(1, some.shape[1], 2 * world.size, 8, dtype=torch.float64)], 2) for some in tensors]
+    given = [some[:, :, own].clone().requires_grad_() for some in filled[:3]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "TILE", asked.tile)
+        out, _ = attend(
+            torch.nn.Module(),
+            *given,
+            None,
+            row=part,
+            ring=ring.ContextRing(),
+            scaling=0.3,
+            sliding_window=asked.window,
+            softcap=asked.softcap,
+        )
+        slope = filled[3][:, :, own] * real[:, None]
+        grads = torch.autograd.grad((out.transpose(1, 2) * slope).sum(), given)
+    found = dict(zip(("out", "query", "key", "value"), (out.transpose(1, 2), *grads), strict=True))
+    differences = {}
+    for name, whole in wanted.items():
+        apart = (found[name].detach()[:, :, real] - whole[:, :, own[real]]).abs()
+        differences[name] = float(torch.cat([apart.flatten(), apart.new_zeros(1)]).max()) / max(1.0, float(whole.abs().max()))
+    return differences
+
+
+def _row(asked: RingAsked) -> MicroBatch:
+    """The examples as a row that shares what they begin with."""
+    draws: dict[tuple[int, ...], np.ndarray] = {}
+    examples = []
+    for number, lengths in enumerate(asked.examples):
+        parts = []
+        for depth in range(len(lengths)):
+            path = (*lengths[: depth + 1], *(() if len(lengths) > 1 else (-number,)))
+            parts.append(draws.setdefault(path, np.random.default_rng(len(draws)).integers(0, 300, lengths[depth])))
+        ids = np.concatenate([*parts, [0]])
+        examples.append((number, Example(ids, np.ones(len(ids), np.bool_))))
+    return row_of(examples, shared=True)
+
+
+def _masked(
+    row: MicroBatch, positions: torch.Tensor, asked: RingAsked, given: list[torch.Tensor], slope: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Attention with every score of the row, token by token as the examples have them."""
+    mask = torch.zeros(row.tokens, row.tokens, dtype=torch.bool)
+    for segment in row.segments:
+        for query in range(segment.start, segment.end):
+            above = segment
+            mask[query, segment.start : query + 1] = True
+            while above.parent >= 0:
+                above = row.segments[above.parent]
+                mask[query, above.start : above.end] = True
+    if asked.window is not None:
+        mask &= positions[:, None] - positions[None, :] < asked.window
+    query, key, value = given
+    keys, values = (some.repeat_interleave(asked.heads // asked.key_heads, 1) for some in (key, value))
+    scores = query @ keys.mT * 0.3
+    if asked.softcap is not None:
+        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ values
+    grads = torch.autograd.grad((out * slope).sum(), given)
+    return dict(zip(("out", "query", "key", "value"), (out.detach(), *grads), strict=True))
+
+
+def refused(world: World, family: str, changes: dict[str, Any], blind: bool = False) -> str:
+    """What is said of a model that is to take rows in parts; empty where it can.
+
+    Args:
+        family: of `tiny`, or one that it does not have.
+        blind: the last rank of the ring sees nothing of what visits.
+    """
+    own = ring.ContextRing()
+    if blind and world.rank == world.size - 1:
+        pass_on = own.passed_on
+
+        def passed_on(flat: torch.Tensor, coming: int, tag: int) -> Any:
+            wait = pass_on(flat, coming, tag)
+            return lambda: torch.zeros_like(wait())
+
+        own.passed_on = passed_on  # type: ignore[method-assign]
+    model = _others(family) if family not in tiny.FAMILIES else tiny.model(family, **changes)
+    try:
+        RowModel(model, ring=own)
+    except ModelError as error:
+        return error.message
+    return ""
+
+
+def _others(family: str) -> Any:
+    """Small models of families with attention sinks, or without attention."""
+    import transformers
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    config: Any = {
+        "gpt_oss": lambda: transformers.GptOssConfig(
+            **sizes, **attention, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2
+        ),
+        "mamba": lambda: transformers.MambaConfig(**sizes, state_size=8),
+    }[family]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -513,6 +513,9 @@ class Parallel(Section):
     replicas: int = Field(default=1, ge=1)
     """Groups of ranks that hold the model once each, divided among the group (hybrid sharding): across machines less travels
     then, for more memory. 1 divides it among all ranks."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share each row of tokens (ring attention), for examples whose activations are too many for one; it divides the
+    ranks. 1: each rank computes rows of its own, which needs fewer messages."""
 
     @field_validator("ranks")
     @classmethod
@@ -571,6 +574,12 @@ ALIASES: dict[str, str] = {
     "fsdp_config": "parallel.engine",
     "dp_replicate_size": "parallel.replicas",
     "data_parallel_replicate_degree": "parallel.replicas",
+    "cp_size": "parallel.context",
+    "cp_degree": "parallel.context",
+    "context_parallel": "parallel.context",
+    "context_parallel_size": "parallel.context",
+    "context_parallel_degree": "parallel.context",
+    "sequence_parallel_degree": "parallel.context",
     "freeze": "train.frozen",
     "unfrozen_parameters": "train.frozen",
     "adam_beta1": "train.optimizer.betas",

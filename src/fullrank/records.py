@@ -360,6 +360,8 @@ class Plan(StageRecord):
     """Processes that share the work, one a device."""
     replicas: int
     """Groups of them that hold the model once each."""
+    context: int
+    """Of them, that share each row."""
     sync: Literal["step", "row"]
     """When gradients are summed over ranks: once a step, until when each rank has them whole, or after every row."""
     examples: int
@@ -391,6 +393,7 @@ class Plan(StageRecord):
         if self.engine == "single":
             return self.machine.device_name
         held = f", which hold the model {self.replicas} times" if self.replicas > 1 else ""
+        held += f", {self.context} sharing each row" if self.context > 1 else ""
         when = "after every row" if self.sync == "row" else "once a step"
         return f"{plural(self.ranks, 'rank')} of {self.machine.device_name} (FSDP2{held}; gradients summed {when})"
 

@@ -9,7 +9,8 @@ scores; the blocks of a query are put together by those (Milakov & Gimelshein 20
 
 and the gradient of each block is the kernel's own, given the out and lse of the whole, since a block's probabilities are
 exp(scores - lse) whatever the other blocks hold. That is how a CPU does it. An accelerator has flex attention, where a trial
-shows it to be right; what neither can do (dropout, attention sinks) is done with every score of the row and a mask.
+shows it to be right; what neither can do (dropout, attention sinks) is done with every score of the row and a mask. Where ranks
+share a row, each with a part of its tokens, their ring attends (`fullrank.parallel.ring`).
 
 Shape legend: H heads, K key-value heads, T tokens of the row, D size of a head.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from fullrank.sequences.forest import Segment
-from fullrank.sequences.layout import MicroBatch
+from fullrank.sequences.layout import MicroBatch, Part
 
 #: The name of this attention in transformers.
 NAME = "fullrank"
@@ -35,6 +36,32 @@ NAME = "fullrank"
 
 #: The same with flex attention where it can be.
 FLEX_NAME = "fullrank_flex"
+
+
+class Ring(Protocol):
+    """The ranks that share a row, as one of them sees them (`fullrank.parallel.ring.ContextRing`)."""
+
+    rank: int
+    size: int
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        row: MicroBatch,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """query_1HTD, key_1KTD, value_1KTD of this rank's part of a row -> out_1HTD, all keys of the row seen."""
+
+    def whole(self, values_S: torch.Tensor, part: Part) -> torch.Tensor:
+        """A number for each prediction of the row, of those for each prediction of every part."""
+
+    def agreed(self, said: bool, device: torch.device) -> bool:
+        """Whether all of these ranks say so."""
 
 
 @contextlib.contextmanager
@@ -61,20 +88,25 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     row: MicroBatch | None = None,
+    ring: Ring | None = None,
     flex: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query_1HTD, key_1KTD, value_1KTD -> out_1THD.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: there is no row, or ranks share it and the attention has what their ring cannot do.
     """
     if row is None:
         raise ValueError("the model attends to rows of segments, and its forward pass was given none")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu" and not dropout and softcap is None and s_aux is None:
+    if ring is not None:
+        if dropout or s_aux is not None:
+            raise ValueError(f"ring attention has no {'dropout' if dropout else 'attention sinks'}")
+        out = ring.attend(query, key, value, row, scale=scale, window=sliding_window, softcap=softcap)
+    elif query.device.type == "cpu" and not dropout and softcap is None and s_aux is None:
         blocks = _remembered(row, ("blocks", sliding_window, query.dtype), _row_blocks)
-        out: torch.Tensor = _Blockwise.apply(query, key, value, blocks, scale)  # type: ignore[no-untyped-call]
+        out = _Blockwise.apply(query, key, value, blocks, scale)  # type: ignore[no-untyped-call]
     elif flex and not dropout and s_aux is None:
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)

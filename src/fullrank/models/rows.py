@@ -2,7 +2,8 @@
 
 Everything that a layout relies on is asked of the model itself before training relies on it: that examples which share a row, or
 a beginning, have the logits they have alone, that the head is what it looks like, and that the last block may be spared the
-tokens that predict nothing. What does not hold is not used, and said.
+tokens that predict nothing. What does not hold is not used, and said. Where ranks share rows, each computes its part, and the
+same is asked of their ring; a model that it is not right for is refused, since nothing else could compute its rows in parts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fullrank.models.attention import attending_to_rows, flex_is_right, windows_met, windows_of
+from fullrank.errors import ModelError
+from fullrank.models.attention import Ring, attending_to_rows, flex_is_right, windows_met, windows_of
 from fullrank.models.blocks import blocks_of
 from fullrank.models.load import drops
 from fullrank.models.tuned import Tuned
@@ -24,6 +26,7 @@ from fullrank.models.widened import Widened
 from fullrank.sequences.fused import with_fastest
 from fullrank.sequences.head import Head
 from fullrank.sequences.layout import MicroBatch, row_of
+from fullrank.sequences.parts import part_of
 from fullrank.sequences.store import Example
 
 #: Largest difference of a logit, relative to the largest logit, that rounding may explain.
@@ -39,10 +42,21 @@ class RowModel:
         adds_gradients: whether modules may add their gradients to the parameters' themselves (`fullrank.models.tuned`), which a
             parameter must then hold as a plain tensor of its own.
         widened: of this model, where it computes in another type than its weights are stored in.
+        ring: of the ranks that share each row with this one, where they do.
+
+    Raises:
+        ModelError: rows are to be shared, and this model's cannot be.
     """
 
-    def __init__(self, model: PreTrainedModel, *, adds_gradients: bool = False, widened: Widened | None = None) -> None:
-        self.model, self.widened = model, widened
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        adds_gradients: bool = False,
+        widened: Widened | None = None,
+        ring: Ring | None = None,
+    ) -> None:
+        self.model, self.widened, self.ring = model, widened, ring
         is_fp32 = widened is not None or all(p.dtype == torch.float32 for p in model.parameters())
         is_plain = model.device.type == "cpu" and is_fp32
         self.tuned = Tuned(model) if adds_gradients and is_plain else None
@@ -62,6 +76,11 @@ class RowModel:
             # One draw for all examples that share a beginning is another step than one for each.
             self.shares = False
             self.why = "this model is trained with dropout, which draws for every example anew: no beginning is shared"
+        if ring is not None and (against := _against_ring(self, ring)):
+            raise ModelError(
+                f"parallel.context: the rows of {model.name_or_path or type(model).__name__} cannot be divided: {against}",
+                hint="leave parallel.context out: each rank then computes rows of its own",
+            )
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -82,11 +101,21 @@ class RowModel:
         if self.tuned is not None:
             self.tuned.settle()
 
+    def own(self, row: MicroBatch) -> MicroBatch:
+        """What this rank computes of a row: its part, or all of it."""
+        return row if self.ring is None else part_of(row, self.ring.size, self.ring.rank)
+
+    def whole(self, losses_S: torch.Tensor, own: MicroBatch) -> torch.Tensor:
+        """losses_S of a row, from those of the parts; all ranks that share it together."""
+        return losses_S if self.ring is None or own.part is None else self.ring.whole(losses_S, own.part)
+
     def predictions(self, batch: MicroBatch) -> tuple[torch.Tensor, Head | None]:
         """See `fullrank.sequences.loss.Predictor`; inside `ready`."""
         given: dict[str, Any] = {"input_ids": batch.input_ids_1T, "position_ids": batch.position_ids_1T, "use_cache": False}
         if self.packs:
             given["row"] = batch
+        if batch.part is not None:
+            given["ring"] = self.ring
         if self.head is not None:
             hidden_SH = self._as_a_whole(lambda: self.model.base_model(**given).last_hidden_state[0, batch.predicting_S])
             return hidden_SH, self._head_now(self.head)
@@ -183,6 +212,31 @@ def _trial(rows: RowModel) -> tuple[bool, bool, str]:
     if not found[True]:
         return True, False, "examples that begin alike do not have one beginning in this model: nothing is shared"
     return True, True, ""
+
+
+def _against_ring(rows: RowModel, ring: Ring) -> str:
+    """What stands against rows in parts; empty where they come to the logits that whole rows have. One word for all ranks."""
+    if not rows.packs:
+        return rows.why
+    if rows.drops:
+        return "it is trained with dropout, whose draws would depend on who computes what"
+    batch = row_of(list(enumerate(_sparse(_examples(rows.model)))), shared=rows.shares)
+    why = "its logits are others then"
+    with _evaluating(rows.model):
+        wanted = rows._logits(batch.to(rows.model.device))
+        own = rows.own(batch).to(rows.model.device)
+        assert own.part is not None
+        try:
+            numbers_S, found = own.part.numbers_S.to(wanted.device), rows._logits(own)
+            is_right = not len(numbers_S) or _agree(rows, found[: len(numbers_S)], wanted[numbers_S])
+        except (TypeError, ValueError, RuntimeError) as error:
+            is_right, why = False, str(error)
+    return "" if ring.agreed(is_right, rows.model.device) else why
+
+
+def _sparse(examples: list[Example]) -> list[Example]:
+    """The same with a loss on every third token, so that blocks may leave out others."""
+    return [Example(example.ids, np.arange(len(example.ids)) % 3 == 2) for example in examples]
 
 
 def _flex_is_right(model: PreTrainedModel) -> bool:
@@ -319,8 +373,7 @@ def _trims(rows: RowModel) -> bool:
     """Whether the last block may be trimmed: it must have known parts, and come to the same."""
     if not rows.packs or _last_block(rows.model) is None:
         return False
-    examples = [Example(example.ids, np.arange(len(example.ids)) % 3 == 2) for example in _examples(rows.model)]
-    batch = row_of(list(enumerate(examples)), shared=rows.shares).to(rows.model.device)
+    batch = row_of(list(enumerate(_sparse(_examples(rows.model)))), shared=rows.shares).to(rows.model.device)
     with _evaluating(rows.model):
         wanted = rows._logits(batch)
         rows.trims = True

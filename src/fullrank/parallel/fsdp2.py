@@ -5,6 +5,9 @@ and gradients summed by all of them together. A block's weights are whole only w
 in fp32, once a step or once a row (`Sync`), each rank keeping the sum of its part; they are shares of the loss law, so the sum is
 the gradient of the step. Updates are each rank's own, on its part (`fullrank.optim.pieces`).
 
+Ranks that share rows (`fullrank.parallel.ring`) are dealt the same ones, and compute their parts of them; shares of the loss and
+of gradients add up as those of rows do.
+
 A mesh of one rank is the same engine; nothing then travels.
 """
 
@@ -114,7 +117,8 @@ class Fsdp2(SingleDevice):
                 for number, batch in enumerate(rows):
                     model.set_requires_gradient_sync(self._sync == "row" or number == len(rows) - 1)
                     with self.compute_type():
-                        loss += add_gradients(self.rows, batch.to(self.device), supervised_tokens, self.watch)
+                        own = self.rows.own(batch).to(self.device)
+                        loss += add_gradients(self.rows, own, supervised_tokens, self.watch)
             gradients = {name: self._summed(name, p.grad) for name, p in self._divided.items() if p.grad is not None}
             with self.watch("optimizer"):
                 (total,) = self._world.summed(float(loss))
@@ -162,9 +166,10 @@ class Fsdp2(SingleDevice):
         model: Any = self.model
         model.eval()
         for batch in micro_batches:
+            own = self.rows.own(batch).to(self.device)
             with self.rows.ready(), self.compute_type():
-                losses_S = token_losses(self.rows, batch.to(self.device))
-            yield losses_S
+                losses_S = token_losses(self.rows, own)
+            yield self.rows.whole(losses_S, own)
         model.reshard()
 
     # ---- weights and state ----------------------------------------------------------------------------------------------

@@ -38,10 +38,12 @@ LADDER: dict[str, tuple[Recompute, ...]] = {
 BLOCKWISE_LADDER: tuple[Recompute, ...] = ("block", "offload")
 
 
-def ladder_of(device: str, engine: str) -> tuple[Recompute, ...]:
+def ladder_of(device: str, engine: str, context: int = 1) -> tuple[Recompute, ...]:
     """What may be recomputed by an engine that takes a step row by row. FSDP2 gathers a block's weights by hooks that offloading
-    would go around."""
-    return tuple(how for how in LADDER[device] if how != "offload" or engine == "single")
+    would go around; where `context` ranks share a row, attention is made of products like any other, and selective recomputation
+    would keep all of their scores."""
+    without = {"offload"} if engine != "single" else set()
+    return tuple(how for how in LADDER[device] if how not in (without if context == 1 else without | {"selective"}))
 
 
 _aten = torch.ops.aten

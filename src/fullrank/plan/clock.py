@@ -40,12 +40,12 @@ class Clock:
         ground, work = self._ground, self._work
         divided = ground.engine == "fsdp2"
         how = "block" if is_blockwise(recipe) and not divided else choice.recompute
-        key = f"{how} {recipe.train.precision} {recipe.train.optimizer}"
+        key = f"{how} {recipe.train.precision} {recipe.train.optimizer} {ground.context}"
         if key not in self._measured:
             self._measured[key] = speed.measure(
                 self._config,
                 ground.base.facts,
-                ground.looks.typical_row(choice.budget_tokens),
+                ground.looks.typical_part(choice.budget_tokens, ground.context),
                 device=devices.choose(ground.machine.device),
                 train=recipe.train,
                 trained_parameters=ground.shapes.trained_parameters,
@@ -67,6 +67,8 @@ class Clock:
         ) / ranks
         if ground.world.size > 1:
             basis += f"; shared by {ground.world.size} ranks, without what they tell one another"
+        if ground.context > 1:
+            basis += " and without what a query sees of other ranks' keys"
         waits = memory.elsewhere(
             ground.base.facts,
             ground.shapes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,9 +19,9 @@ from fullrank.plan import memory
 from fullrank.plan.memory import Division, Row
 from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, MachineFacts
-from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens
+from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens, row_of
 from fullrank.sequences.order import Order
-from fullrank.sequences.store import TokenStore
+from fullrank.sequences.store import Example, TokenStore
 
 Engine = Literal["single", "fsdp2"]
 
@@ -62,12 +62,18 @@ class Ground:
     world: World = ALONE
     replicas: int = 1
     engine: Engine = "single"
+    context: int = 1
+    """Ranks that share each row."""
+
+    def sharing(self, context: int) -> Ground:
+        """The same where so many ranks share each row."""
+        return replace(self, looks=self.looks.among(self.world.size // context), context=context)
 
 
 def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
     """Ways to carry out the steps, fastest first: full rows, smaller rows, then more and more recomputation."""
     device, longest = ground.machine.device, ground.longest
-    budgets = [_full_row(ground.looks, max(longest, _ROW_TOKENS[device]))]
+    budgets = [_full_row(ground.looks, max(longest, _ROW_TOKENS[device] * ground.context))]
     while budgets[-1] > longest:
         budgets.append(max(longest, budgets[-1] // 2))
     if ground.engine == "fsdp2":
@@ -91,7 +97,7 @@ def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
 def _divided_choices(ground: Ground, recipe: Recipe, budgets: list[int]) -> Iterator[Choice]:
     """Gradients are summed after each row rather than that anything is computed again."""
     syncs: tuple[Sync, ...] = ("step", "row")
-    for recompute in ladder_of(ground.machine.device, ground.engine):
+    for recompute in ladder_of(ground.machine.device, ground.engine, ground.context):
         for sync in syncs:
             for budget in budgets:
                 laid = ground.looks.at(budget)
@@ -104,7 +110,7 @@ def _divided_choices(ground: Ground, recipe: Recipe, budgets: list[int]) -> Iter
                     process_bytes=ground.process_bytes,
                     eager=ground.eager,
                     device=ground.machine.device,
-                    division=Division(ground.world.size // ground.replicas, sync, laid.most_rows),
+                    division=Division(ground.world.size // ground.replicas, sync, laid.most_rows, ground.context),
                 )
                 yield Choice(budget, recompute, lines, sync)
 
@@ -125,7 +131,7 @@ class Laid:
     computed_tokens: int
     separate_tokens: int
     most_rows: int
-    """Of a rank in a step."""
+    """Of a rank in a step, or of the ranks that share them."""
 
     @property
     def shared_ratio(self) -> float:
@@ -140,7 +146,7 @@ class Looks:
         store: training examples.
         order: of the run.
         shared: whether examples of a row share what they begin with.
-        ranks: that the rows are dealt to.
+        ranks: that the rows are dealt to; of those that share rows one counts for all.
         steps: most steps that are looked at; None for those of the order.
     """
 
@@ -154,9 +160,9 @@ class Looks:
         self._largest_step = max(tokens)
 
     def among(self, ranks: int) -> Looks:
-        """The same steps, for another number of ranks."""
+        """The same with rows for so many ranks."""
         other = copy.copy(self)
-        other.ranks, other._seen = ranks, {}
+        other.ranks, other._seen = ranks, {} if ranks != self.ranks else self._seen
         return other
 
     def at(self, budget: int) -> Laid:
@@ -182,6 +188,15 @@ class Looks:
         """The middle one of the first step's."""
         rows = sorted(self.step(1, budget), key=lambda row: row.tokens)
         return rows[len(rows) // 2]
+
+    def typical_part(self, budget: int, context: int) -> MicroBatch:
+        """A row as long as what one of `context` ranks has of it, to be timed."""
+        row = self.typical_row(budget)
+        if context == 1:
+            return row
+        tokens, predictions = -(-row.tokens // context), -(-len(row.predicting_S) // context)
+        ids = np.append(row.input_ids_1T[0, :tokens].numpy(), 0)
+        return row_of([(0, Example(ids, np.arange(tokens + 1) > tokens - min(predictions, tokens)))], shared=False)
 
 
 def _step_tokens(store: TokenStore, order: Order) -> Iterator[int]:

@@ -9,13 +9,14 @@ estimate, and the report sets it against the measured peak.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fullrank.optim.update import state_bytes
 from fullrank.parallel.blockwise import is_blockwise
 from fullrank.parallel.fsdp2 import Sync
 from fullrank.parallel.groups import Shapes
 from fullrank.parallel.recompute import Recompute
+from fullrank.parallel.ring import TILE
 from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, ModelFacts
 from fullrank.sequences.head import chunk_size
@@ -58,6 +59,8 @@ class Division:
     """See `fullrank.parallel.fsdp2`."""
     rows: int
     """That a rank computes in a step, at most."""
+    context: int = 1
+    """Ranks that share each of them."""
 
 
 def block_activation_bytes(model: ModelFacts, tokens: int, number_bytes: int, *, tuned: bool, selective: bool = False) -> int:
@@ -92,7 +95,7 @@ def ledger(
     Args:
         model: sizes of the base model.
         shapes: its parameters.
-        row: the largest micro-batch of the run.
+        row: the largest micro-batch of the run, whole.
         recipe: precision, optimizer, and where gradients and states wait; `auto` resolved.
         recompute: what of a block is made again in the backward pass (`fullrank.parallel.recompute`).
         process_bytes: what the process holds before the model (interpreter and libraries), measured.
@@ -110,7 +113,10 @@ def ledger(
         lines += _divided(shapes, recipe, device, division)
     tuned = device == "cpu" and precision != "bf16-mixed" and division is None
     number = 2 if precision == "bf16-mixed" or (recipe.train.rounding != "none" and device != "cpu") else 4
-    activations = _activations(model, row, recipe, recompute, tuned=tuned, number=number, eager=eager)
+    context = 1 if division is None else division.context
+    if context > 1:  # the ring makes scores a tile at a time, whatever the model's own attention does
+        row, eager = replace(row, tokens=-(-row.tokens // context)), False
+    activations = _activations(model, row, recipe, recompute, tuned=tuned, number=number, eager=eager, context=context)
     logits_number = 8 if number == 4 else 10
     chunk = min(row.predictions, chunk_size(model.vocabulary))
     logits = f"C x V x {logits_number} B (logits, then their gradient)"
@@ -121,9 +127,22 @@ def ledger(
     if not tuned:
         head = 4 * model.vocabulary * model.hidden_size
         lines.append(LedgerLine(part="head", bytes=head, formula="V x h x 4 B (a row's gradient, before it is added)"))
-    if eager or device != "cpu":
+    if context > 1:
+        lines.append(_ring(model, row, context))
+    elif eager or device != "cpu":
         lines.append(LedgerLine(part="mask", bytes=row.tokens * row.tokens, formula="T x T x 1 B"))
     return lines
+
+
+def _ring(model: ModelFacts, part: Row, context: int) -> LedgerLine:
+    """Of the block whose backward pass is under way: keys and values that are here and that come, their gradients likewise beside
+    this rank's part of them; and a tile's scores, shares and gradients."""
+    widths, tile = model.key_value_heads * model.head_dim, model.heads * min(TILE, part.tokens) ** 2
+    return LedgerLine(
+        part="ring",
+        bytes=4 * (10 * part.tokens * widths + 4 * tile),
+        formula=f"(10 x T / {context} x k + 4 x heads x {TILE}^2) x 4 B (keys and values that travel, a tile of scores)",
+    )
 
 
 def goes_twice(recipe: Recipe) -> bool:
@@ -254,18 +273,20 @@ def _gradients_and_states(shapes: Shapes, recipe: Recipe) -> list[LedgerLine]:
 
 
 def _activations(
-    model: ModelFacts, row: Row, recipe: Recipe, recompute: Recompute, *, tuned: bool, number: int, eager: bool
+    model: ModelFacts, row: Row, recipe: Recipe, recompute: Recompute, *, tuned: bool, number: int, eager: bool, context: int
 ) -> LedgerLine:
+    """Of one rank; `row` is what it has of the largest one, where `context` ranks share it."""
     kept, b, tokens = _letters(_kept(tuned, selective=False)), f"{number} B", row.tokens
     block = block_activation_bytes(model, tokens, number, tuned=tuned)
     scores = 3 * number * model.heads * tokens * tokens if eager else 0  # scores, their softmax, and it in the compute type
     blockwise = is_blockwise(recipe)
     wide = 4 if recipe.train.precision == "bf16-mixed" else number  # what passes between blocks: autocast leaves sums in fp32
     inputs = wide * model.hidden_size
+    t = "T" if context == 1 else f"T / {context}"
     match recompute:
         case "none":
             held = model.layers * (block + scores)
-            how = f"L x T x ({kept}) x {b}"
+            how = f"L x {t} x ({kept}) x {b}"
         case "selective":
             lasting = block_activation_bytes(model, tokens, number, tuned=tuned, selective=True)
             held = model.layers * (lasting + scores) + block
@@ -273,7 +294,7 @@ def _activations(
         case "block":  # block by block, the inputs of a whole step wait, and what the last block gave, twice its gradient
             held = (model.layers + 3) * row.step_tokens * inputs if blockwise else model.layers * tokens * inputs
             held += block + scores
-            how = f"{'(L + 3) x S' if blockwise else 'L x T'} x h x {wide} B + T x ({kept}) x {b}"
+            how = f"{'(L + 3) x S' if blockwise else f'L x {t}'} x h x {wide} B + {t} x ({kept}) x {b}"
         case "offload":  # two blocks' inputs are here while they come and go
             held = (4 * row.step_tokens if blockwise else 0) * inputs + 2 * tokens * inputs + block + scores
             how = f"({'4 x S x h + ' if blockwise else ''}2 x T x h) x {wide} B + T x ({kept}) x {b}"

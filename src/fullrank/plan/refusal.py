@@ -65,7 +65,7 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> I
     plain, _ = clock.seconds(recipe, list(choices(ground, recipe))[-1])
     for same, candidates in ((True, _SAME_WEIGHTS), (False, _OTHER_STEPS)):
         fitting: list[tuple[str, ...]] = []
-        for changes in candidates:
+        for changes in (*(_wider(ground) if same else ()), *candidates):
             if ground.machine.device == "cuda":
                 changes = tuple(change.replace("states=disk", "states=host") for change in changes)
             if ground.engine == "fsdp2":  # where each rank keeps its part of the gradients
@@ -77,16 +77,25 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> I
                 or any(set(fewer) <= set(changes) for fewer in fitting)
             ):
                 continue
-            choice = next((c for c in choices(ground, changed) if c.peak_bytes <= ground.machine.memory_available_bytes), None)
+            is_wider = changed.parallel.context != recipe.parallel.context
+            own = ground.sharing(changed.parallel.context) if is_wider else ground
+            choice = next((c for c in choices(own, changed) if c.peak_bytes <= ground.machine.memory_available_bytes), None)
             if choice is None or no_room(changed, choice):
                 continue
-            seconds, _ = clock.seconds(changed, choice)
+            seconds, _ = (0.0, "") if is_wider else clock.seconds(changed, choice)  # what more is told is not measured
             time = f"about {seconds / plain:.2f} times the time" if seconds and plain else "time not estimated"
             learned = "the same weights" if same else "another step: it learns differently"
             yield f"{' '.join(map(shlex.quote, changes))}  ({format_bytes(choice.peak_bytes)}, {time}, {learned})"
             fitting.append(changes)
         if fitting:
             return
+
+
+def _wider(ground: Ground) -> Iterator[tuple[str, ...]]:
+    """More ranks that share each row, and hold fewer activations each."""
+    for context in range(2 * ground.context, ground.world.size + 1):
+        if ground.engine == "fsdp2" and ground.world.size % context == 0:
+            yield (f"parallel.context={context}",)
 
 
 def _with(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:

@@ -61,9 +61,11 @@ def engine_of(recipe: Recipe, world: World) -> Engine:
     Raises:
         UsageError: what the recipe asks for goes not with these ranks, everything at once.
     """
-    if world.size == 1 and recipe.parallel.engine == "auto":
+    if world.size == 1 and recipe.parallel.engine == "auto" and recipe.parallel.context == 1:
         return "single"
     problems = []
+    if world.size % recipe.parallel.context:
+        problems.append(f"parallel.context: {recipe.parallel.context} does not divide {world.size} ranks")
     if world.size % recipe.parallel.replicas:
         problems.append(f"parallel.replicas: {recipe.parallel.replicas} does not divide {world.size} ranks")
     if recipe.machine.gradients in ("release", "spill") and recipe.train.optimizer.name not in ("lomo", "adalomo"):
@@ -71,13 +73,15 @@ def engine_of(recipe: Recipe, world: World) -> Engine:
             f"machine.gradients: {recipe.machine.gradients} is for one process; of several ranks each keeps its part of them"
         )
     if problems:
-        raise UsageError("\n".join(problems), hint="leave machine.gradients out, and choose replicas that divide the ranks")
+        raise UsageError(
+            "\n".join(problems), hint="leave machine.gradients out, and choose replicas and context that divide the ranks"
+        )
     return "fsdp2"
 
 
 def _is_begun(plan: Plan, recipe: Recipe, machine: MachineFacts, run: Run, engine: Engine, world: World) -> bool:
     """Whether training goes by this plan already, and the recipe has not moved to other places since."""
-    waits = (plan.machine.device, plan.gradients, plan.optimizer_states, plan.engine, plan.ranks, plan.replicas)
+    waits = (plan.machine.device, plan.gradients, plan.optimizer_states, plan.engine, plan.ranks, plan.replicas, plan.context)
     wanted = (
         machine.device,
         recipe.gradients,
@@ -85,6 +89,7 @@ def _is_begun(plan: Plan, recipe: Recipe, machine: MachineFacts, run: Run, engin
         engine,
         world.size,
         recipe.parallel.replicas,
+        recipe.parallel.context,
     )
     return (run.train / "inputs.json").is_file() and waits == wanted
 
@@ -132,7 +137,7 @@ def _make(
     order = Order(len(store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
     process_bytes = 0 if machine.device == "cuda" else resident_bytes()
     config = load_config(base.folder)
-    looks = Looks(store, order, shared=not drops(config), ranks=world.size)
+    looks = Looks(store, order, shared=not drops(config), ranks=world.size // recipe.parallel.context)
     longest = int(max(store.lengths.max(), validation.lengths.max()))
     ground = Ground(
         base,
@@ -145,6 +150,7 @@ def _make(
         world,
         recipe.parallel.replicas,
         engine,
+        recipe.parallel.context,
     )
     ways = list(choices(ground, recipe))
     choice = next((way for way in ways if way.peak_bytes <= machine.memory_available_bytes), ways[-1])
@@ -173,6 +179,7 @@ def _make(
         engine=engine,
         ranks=world.size,
         replicas=recipe.parallel.replicas,
+        context=recipe.parallel.context,
         sync=choice.sync,
         examples=len(store),
         steps=order.steps,

@@ -28,9 +28,35 @@ _Group = tuple[list[int], int]
 _ROW_COST_TOKENS = 32
 
 
+Stretch = tuple[int, int]
+"""Tokens of a row from the first number up to, without, the second."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tokens of a row a rank has, and what attention needs to know of the others' (`fullrank.sequences.parts`)."""
+
+    rank: int
+    """Within the group of ranks that share the row."""
+    stretches: tuple[tuple[Stretch, ...], ...]
+    """Of the row, by rank: its tokens in order."""
+    below_W: torch.Tensor
+    """For each token of the row: where the tokens end that continue it."""
+    positions_W: torch.Tensor
+    """Depth of each token of the row."""
+    numbers_S: torch.Tensor
+    """Which of the row's predictions are here, in order."""
+    predictions: int
+    """Of the row."""
+
+    def tokens_of(self, rank: int) -> int:
+        """How many tokens of the row a rank has."""
+        return sum(end - start for start, end in self.stretches[rank])
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """One flat row, ready for a causal model."""
+    """One flat row, ready for a causal model; or what one of several ranks has of it."""
 
     input_ids_1T: torch.Tensor
     position_ids_1T: torch.Tensor
@@ -50,6 +76,8 @@ class MicroBatch:
     """Positions of the examples in their store."""
     separate_tokens: int
     """Tokens the examples would take without sharing."""
+    part: Part | None = None
+    """Where only some tokens of the row are here; segments, examples and `separate_tokens` are then those of the whole row."""
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What a model works out once for a row."""
 

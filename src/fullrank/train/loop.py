@@ -42,10 +42,21 @@ class Layout:
     packed: bool
     shared: bool
     ranks: int = 1
+    context: int = 1
+    """Neighbouring ranks that share each row."""
+
+    @property
+    def groups(self) -> int:
+        """Of ranks, that rows are dealt to."""
+        return self.ranks // self.context
 
     def rows(self, store: TokenStore, examples: np.ndarray) -> list[MicroBatch]:
         """The micro-batches of some examples, of all ranks."""
-        return micro_batches(store, examples, self.budget_tokens, packed=self.packed, shared=self.shared, ranks=self.ranks)
+        return micro_batches(store, examples, self.budget_tokens, packed=self.packed, shared=self.shared, ranks=self.groups)
+
+    def own(self, rows: Sequence[MicroBatch], world: World) -> list[MicroBatch]:
+        """Those of the rows that this rank computes, alone or with the others of its group."""
+        return dealt(rows, self.groups)[world.rank // self.context]
 
 
 def steps(
@@ -71,7 +82,7 @@ def steps(
     for step, examples, rows in laid_out_ahead(store, order, layout, range(first, order.steps + 1)):
         supervised_tokens = sum(row.supervised_tokens for row in rows)
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, step, order.steps)
-        own = dealt(rows, world.size)[world.rank]
+        own = layout.own(rows, world)
         outcome = engine.step(interruptible(own), supervised_tokens, learning_rate=rate, seed=step_seed(train.seed, step))
         row = StepRow(
             step=step,
@@ -117,7 +128,8 @@ def step_seed(seed: int, step: int) -> int:
 def validation_loss(engine: Engine, store: TokenStore, layout: Layout, world: World = ALONE) -> float:
     """Mean loss over the supervised tokens of a store, nats: the loss law over all of it, whatever the rows and ranks."""
     rows = layout.rows(store, np.arange(len(store)))
-    own = dealt(rows, world.size)[world.rank]
+    own = layout.own(rows, world)
     losses = zip(own, engine.losses(own), strict=True)
-    (total,) = world.summed(sum(float(losses_S.double().cpu() @ row.times_S.double()) for row, losses_S in losses))
+    loss = sum(float(losses_S.double().cpu() @ row.times_S.double()) for row, losses_S in losses)
+    (total,) = world.summed(0.0 if world.rank % layout.context else loss)  # a group's ranks have the same losses
     return total / sum(row.supervised_tokens for row in rows)

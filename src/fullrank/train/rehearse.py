@@ -44,7 +44,7 @@ def rehearsed(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tup
     before = read_record(path, Rehearsal)
     planned = fingerprint(
         [plan.micro_batch_tokens, plan.recompute, plan.gradients, plan.optimizer_states],
-        [plan.engine, plan.ranks, plan.replicas, plan.sync],
+        [plan.engine, plan.ranks, plan.replicas, plan.context, plan.sync],
         [plan.peak_bytes_predicted, plan.machine.memory_available_bytes],
     )
     if before is not None and before.planned == planned:
@@ -90,7 +90,7 @@ def _layouts(plan: Plan, longest: int, *, blockwise: bool) -> Iterator[tuple[int
     if sync == "step" and plan.engine == "fsdp2":
         sync = "row"
         yield budget, plan.recompute, sync
-    ladder = BLOCKWISE_LADDER if blockwise else ladder_of(plan.machine.device, plan.engine)
+    ladder = BLOCKWISE_LADDER if blockwise else ladder_of(plan.machine.device, plan.engine, plan.context)
     for recompute in ladder[ladder.index(plan.recompute) + 1 :]:
         yield budget, recompute, sync
 

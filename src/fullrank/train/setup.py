@@ -19,6 +19,7 @@ from fullrank.parallel import device as devices
 from fullrank.parallel.blockwise import Blockwise, is_blockwise
 from fullrank.parallel.fsdp2 import Fsdp2, Sync
 from fullrank.parallel.groups import freeze
+from fullrank.parallel.ring import ContextRing, ring_of
 from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import ALONE, World
@@ -63,7 +64,7 @@ def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: Wor
 
     Raises:
         UsageError: a pattern of `train.frozen` matches nothing, or the plan is for another number of ranks.
-        ModelError: the model's gradients cannot be released block by block, as the recipe wants.
+        ModelError: the model's gradients cannot be released block by block, as the recipe wants, or its rows not be divided.
     """
     if plan.ranks != world.size:
         raise UsageError(
@@ -74,7 +75,10 @@ def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: Wor
     devices.reset_peak(device)
     store = TokenStore(run.data / "train")
     mesh = mesh_of(world, plan.replicas, device.type) if plan.engine == "fsdp2" else None
-    rows = load_rows(recipe, base.folder, device) if mesh is None else load_divided(recipe, base.folder, mesh)
+    if mesh is None:
+        rows = load_rows(recipe, base.folder, device)
+    else:
+        rows = load_divided(recipe, base.folder, mesh, ring_of(world, plan.context, device.type))
     if rows.why:
         run.tell("note", stage="train", words=rows.why)
     waiting = run.train / "waiting" / str(world.rank)
@@ -83,7 +87,7 @@ def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: Wor
         device=device,
         rows=rows,
         engine=engine_for(recipe, rows, plan.recompute, waiting, world, mesh, plan.sync),
-        layout=Layout(plan.micro_batch_tokens, rows.packs, rows.shares, world.size),
+        layout=Layout(plan.micro_batch_tokens, rows.packs, rows.shares, world.size, plan.context),
         store=store,
         order=Order(len(store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed),
         waiting=waiting,
@@ -99,11 +103,15 @@ def mesh_of(world: World, replicas: int, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (replicas, world.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def load_divided(recipe: Recipe, folder: Path, mesh: DeviceMesh) -> RowModel:
+def load_divided(recipe: Recipe, folder: Path, mesh: DeviceMesh, ring: ContextRing | None) -> RowModel:
     """As `load_rows`, of which each rank holds its part.
+
+    Args:
+        ring: of the ranks that share rows, where they do.
 
     Raises:
         UsageError: a pattern of `train.frozen` matches nothing.
+        ModelError: rows are to be shared, and this model's cannot be.
     """
     of_16_bits = recipe.train.rounding != "none"
     compute_type = None
@@ -113,7 +121,7 @@ def load_divided(recipe: Recipe, folder: Path, mesh: DeviceMesh) -> RowModel:
         compute_type = torch.bfloat16
     dtype = torch.bfloat16 if of_16_bits else torch.float32
     model = load_sharded(folder, mesh, dtype=dtype, compute_type=compute_type, frozen=recipe.train.frozen)
-    return RowModel(model)
+    return RowModel(model, ring=ring)
 
 
 def load_rows(recipe: Recipe, folder: Path, device: torch.device) -> RowModel:

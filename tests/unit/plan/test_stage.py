@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shlex
@@ -16,6 +17,7 @@ from staging import Staged, staged, write_case
 from tiny import write_jsonl
 
 from fullrank.errors import FitError, UsageError
+from fullrank.parallel.world import World
 from fullrank.plan import clock
 from fullrank.plan import stage as plan_stage
 from fullrank.plan.speed import Speed
@@ -300,3 +302,42 @@ def test_a_begun_run_that_moves_elsewhere_is_planned_anew(case: Path) -> None:
     assert again.reused("plan") and kept == plan
     again, moved = planned(case, SPILL)
     assert not again.reused("plan") and moved.gradients == "spill"
+
+
+# ---- ranks that share rows ------------------------------------------------------------------------------------------------
+
+
+def among(case: Path, ranks: int, *overrides: str) -> Plan:
+    """The plan of so many ranks on this machine, fitting or not."""
+    run = staged(case, overrides)
+    run.data()
+    with contextlib.suppress(FitError):
+        plan_stage.stage(run.recipe, run.run, run.base, World(0, ranks, 0, ranks))
+    plan = read_record(run.run.plan_path, Plan)
+    assert plan is not None
+    return plan
+
+
+def test_ranks_that_share_rows_hold_fewer_activations_each(case: Path) -> None:
+    alone, shared = among(case, 2), among(case, 2, "parallel.context=2", "name=shared")
+    assert (alone.context, shared.context) == (1, 2)
+    assert shared.micro_batch_tokens == 2 * alone.micro_batch_tokens
+    parts = {line.part: line for line in shared.ledger}
+    assert parts["activations"].formula.startswith("L x T / 2 x ") and "ring" in parts
+    assert parts["weights"].bytes == {line.part: line.bytes for line in alone.ledger}["weights"]
+
+
+def test_ranks_that_cannot_be_divided_are_refused_by_name(case: Path) -> None:
+    for ranks, context in ((1, 2), (4, 3)):
+        with pytest.raises(UsageError, match=f"parallel.context: {context} does not divide {ranks} ranks"):
+            among(case, ranks, f"parallel.context={context}")
+
+
+def test_a_refusal_names_more_ranks_for_each_row(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> None:
+    case = write_case(tmp_path, tiny_model_folder("llama", num_hidden_layers=150), rows=22)
+    needed = [among(case, 4, f"parallel.context={n}", "machine.memory_limit=10MB").peak_bytes_predicted for n in (1, 2)]
+    assert needed[1] < needed[0]
+    limit = f"machine.memory_limit={sum(needed) // 2}"
+    refusal = among(case, 4, limit).refusal
+    assert "parallel.context=2  (" in refusal and "time not estimated, the same weights" in refusal
+    assert among(case, 4, limit, "parallel.context=2").fits

@@ -216,6 +216,7 @@ def plan_record() -> Plan:
         engine="single",
         ranks=1,
         replicas=1,
+        context=1,
         sync="step",
         examples=360,
         steps=STEPS,
