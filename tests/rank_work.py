@@ -21,11 +21,14 @@ from fullrank.parallel.groups import freeze
 from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import World
+from fullrank.parallel.zero import Zero
+from fullrank.parallel.zeroed import deepspeed_for, load_zeroed
 from fullrank.recipe import Train
 from fullrank.sequences.layout import dealt, micro_batches
 from fullrank.train import checkpoint
 from fullrank.train.setup import mesh_of
 
+BASE = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9, "gradient_clipping": 0.0}
 #: Examples of a step.
 STEP = 6
 
@@ -43,6 +46,8 @@ class Asked:
     recompute: str = "none"
     sync: str = "step"
     replicas: int = 1
+    zero: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's `zero_optimization`; the engine is FSDP2 where it is empty."""
     steps: int = 4
     first: int = 0
     """Step to begin with, from a checkpoint if it is not 0."""
@@ -61,6 +66,12 @@ def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
         model = load_model(folder, device=torch.device("cpu"), dtype=asked.dtype)
         freeze(model, train.frozen)
         return SingleDevice(RowModel(model), train, recompute=asked.recompute)
+    if asked.zero:
+        settings = {**BASE, "train_batch_size": world.size, "zero_optimization": asked.zero}
+        zeroed = load_zeroed(
+            folder, world, settings, device=torch.device("cpu"), dtype=asked.dtype, frozen=train.frozen
+        )
+        return Zero(RowModel(zeroed.model, entry=zeroed.engine), train, zeroed=zeroed, recompute=asked.recompute)
     mesh = mesh_of(world, asked.replicas, "cpu")
     model = load_sharded(folder, mesh, dtype=asked.dtype, compute_type=asked.compute_type, frozen=train.frozen)
     return Fsdp2(RowModel(model), train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync)  # type: ignore[arg-type]
@@ -75,6 +86,8 @@ def stepped(world: World, asked: Asked, divided: bool = True) -> dict[str, Any]:
     """Losses, norms and whole weights after the steps; of one rank for `divided` False."""
     if not divided:
         world = World()
+    if asked.zero:
+        deepspeed_for("cpu", world)  # before types change their names
     with everything_double() if asked.dtype == torch.float64 else contextlib.nullcontext():
         return _stepped(world, asked, divided)
 
@@ -109,7 +122,7 @@ def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
 
 def whole(engine: Engine) -> dict[str, Any]:
     """An engine's whole weights, as numbers that travel between processes."""
-    pairs = engine.whole_weights() if isinstance(engine, Fsdp2) else engine.weights().items()
+    pairs = engine.whole_weights() if isinstance(engine, Fsdp2 | Zero) else engine.weights().items()
     return {
         name: tensor.detach().clone().float().numpy() if tensor.dtype == torch.bfloat16 else tensor.detach().clone().numpy()
         for name, tensor in pairs

@@ -39,10 +39,20 @@ class RowModel:
         adds_gradients: whether modules may add their gradients to the parameters' themselves (`fullrank.models.tuned`), which a
             parameter must then hold as a plain tensor of its own.
         widened: of this model, where it computes in another type than its weights are stored in.
+        entry: what is called for a forward pass: an engine that stands around the model and must hear of each; the model itself
+            by default.
     """
 
-    def __init__(self, model: PreTrainedModel, *, adds_gradients: bool = False, widened: Widened | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        adds_gradients: bool = False,
+        widened: Widened | None = None,
+        entry: Callable[..., Any] | None = None,
+    ) -> None:
         self.model, self.widened = model, widened
+        self._entry: Callable[..., Any] = model if entry is None else entry
         is_fp32 = widened is not None or all(p.dtype == torch.float32 for p in model.parameters())
         is_plain = model.device.type == "cpu" and is_fp32
         self.tuned = Tuned(model) if adds_gradients and is_plain else None
@@ -90,7 +100,7 @@ class RowModel:
         if self.head is not None:
             hidden_SH = self._as_a_whole(lambda: self.model.base_model(**given).last_hidden_state[0, batch.predicting_S])
             return hidden_SH, self._head_now(self.head)
-        logits_SV = self.model(**given, logits_to_keep=batch.predicting_S).logits[0]
+        logits_SV = self._entry(**given, logits_to_keep=batch.predicting_S).logits[0]
         if logits_SV.shape[0] != len(batch.predicting_S):  # a model that has no logits_to_keep
             logits_SV = logits_SV[batch.predicting_S]
         return logits_SV, None
@@ -102,7 +112,7 @@ class RowModel:
         before = model.__dict__.get("forward")
         model.forward = compute
         try:
-            found: torch.Tensor = model()
+            found: torch.Tensor = self._entry()
             return found
         finally:
             _restore(model, before)
