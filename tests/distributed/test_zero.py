@@ -48,3 +48,36 @@ def test_ways(size, zero, changes, ranks, tiny_model_folder):
     asked = Asked(str(tiny_model_folder("llama")), zero=zero, **changes)
     found = ranks(size).ask(stepped, asked)
     same(found[0], alone(replace(asked, recompute="none")), CLOSE)
+
+@pytest.mark.parametrize("train", [{}, {"optimizer": {"name": "adamw", "learning_rate": 1e-2, "moments": "int8", "eps": 1e-6}}, {"optimizer": {"name": "lomo", "learning_rate": 1e-2}, "frozen": ["model.layers.0.*"]}], ids=["adamw", "int8", "lomo"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ckpt(stage, train, ranks, tiny_model_folder, tmp_path):
+    zero = {"stage": stage, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0}
+    asked = Asked(str(tiny_model_folder("llama", hidden_size=64)), train=train, dtype=torch.float32, steps=3, examples=5, zero=zero)
+    saved = replace(asked, checkpoints=str(tmp_path))
+    ranks(2).ask(stepped, saved)
+    going_on = replace(saved, first=3, steps=2)
+    two = ranks(2).ask(stepped, going_on)[0]
+    again = ranks(2).ask(stepped, going_on)[0]
+    assert two["losses"] == again["losses"] and differences(two["weights"], again["weights"]) == 0.0
+    others = {
+        "fsdp2": ranks(2).ask(stepped, replace(going_on, zero={}))[0],
+        "fsdp2x3": ranks(3).ask(stepped, replace(going_on, zero={}))[0],
+        "zerox3": ranks(3).ask(stepped, replace(going_on, zero={"stage": stage % 3 + 1}))[0],
+        "one": stepped(World(), replace(going_on, zero={}), False),
+    }
+    for name, other in others.items():
+        print(name, np.asarray(other["losses"])/np.asarray(two["losses"])-1, differences(other["weights"], two["weights"]))
+        assert np.allclose(other["losses"], two["losses"], rtol=1e-4)
+        assert differences(other["weights"], two["weights"]) <= (2e-2 if train else 1e-5)
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ckpt_read(stage, ranks, tiny_model_folder, tmp_path):
+    asked = Asked(str(tiny_model_folder("llama")), steps=3)
+    for size in (0, 2):
+        folder = tmp_path / str(size); folder.mkdir()
+        saving = replace(asked, checkpoints=str(folder))
+        stepped(World(), saving, False) if size == 0 else ranks(size).ask(stepped, saving)
+        going_on = replace(saving, first=3, steps=2)
+        wanted = stepped(World(), going_on, False)
+        same(ranks(2).ask(stepped, replace(going_on, zero={"stage": stage}))[0], wanted, CLOSE)

@@ -150,9 +150,10 @@ class Zero(SingleDevice):
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """This rank's parts (`fullrank.optim.pieces.Pieces`)."""
-        parts = {name: part.weights for name, part in self._zeroed.parts.items()}
+        parts = self._zeroed.parts
         divided = [name for name in parts if name in self._named or self._zeroed.stage == 3]
-        return Pieces(parts, self._of(divided))
+        whole = {name: part.weights.view(part.piece.shape) for name, part in parts.items() if name not in divided}
+        return Pieces({name: part.weights for name, part in parts.items()} | whole, self._of(divided))
 
     def _of(self, names: Iterable[str]) -> dict[str, Piece]:
         return {name: self._pieces[name] for name in names}
