@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from double import everything_double
@@ -22,13 +23,14 @@ from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import World
 from fullrank.parallel.zero import Zero
+from fullrank.parallel.zero_settings import settings_of
 from fullrank.parallel.zeroed import deepspeed_for, load_zeroed
-from fullrank.recipe import Train
+from fullrank.recipe import Recipe, Train
 from fullrank.sequences.layout import dealt, micro_batches
+from fullrank.sequences.loss import row_loss
 from fullrank.train import checkpoint
 from fullrank.train.setup import mesh_of
 
-BASE = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9, "gradient_clipping": 0.0}
 #: Examples of a step.
 STEP = 6
 
@@ -67,14 +69,24 @@ def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
         freeze(model, train.frozen)
         return SingleDevice(RowModel(model), train, recompute=asked.recompute)
     if asked.zero:
-        settings = {**BASE, "train_batch_size": world.size, "zero_optimization": asked.zero}
-        zeroed = load_zeroed(
-            folder, world, settings, device=torch.device("cpu"), dtype=asked.dtype, frozen=train.frozen
-        )
+        settings = zero_settings(asked.zero, world.size)
+        zeroed = load_zeroed(folder, world, settings, device=torch.device("cpu"), dtype=asked.dtype, frozen=train.frozen)
         return Zero(RowModel(zeroed.model, entry=zeroed.engine), train, zeroed=zeroed, recompute=asked.recompute)
     mesh = mesh_of(world, asked.replicas, "cpu")
     model = load_sharded(folder, mesh, dtype=asked.dtype, compute_type=asked.compute_type, frozen=train.frozen)
     return Fsdp2(RowModel(model), train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync)  # type: ignore[arg-type]
+
+
+def zero_settings(zero: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a recipe that says nothing else, with buckets and thresholds that a tiny model fills."""
+    section = {"engine": "deepspeed", "zero_stage": zero["stage"]}
+    recipe = Recipe.model_validate({"name": "t", "model": {"source": "m"}, "data": {"train": "t.jsonl"}, "parallel": section})
+    settings = settings_of(recipe, ranks)
+    settings["zero_optimization"] |= {"reduce_bucket_size": 20_000, **zero}
+    if zero["stage"] == 3:
+        settings["zero_optimization"].setdefault("stage3_prefetch_bucket_size", 20_000)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = zero.get("stage3_param_persistence_threshold", 0)
+    return settings
 
 
 def examples() -> Any:
@@ -135,3 +147,31 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
     assert one.keys() == other.keys()
     return max(float(np.linalg.norm(one[n] - other[n]) / max(np.linalg.norm(other[n]), 1e-30)) for n in one)
+
+
+def not_finite(world: World, asked: Asked) -> tuple[bool, float, bool]:
+    """(updated, how far the weights moved, whether the next step was taken) of a step whose loss is not a number."""
+    deepspeed_for("cpu", world)
+    engine, store = engine_of(world, replace(asked, dtype=torch.float32)), examples()
+    rows = micro_batches(store, list(range(STEP)), asked.budget, packed=True, ranks=world.size)
+    own = dealt(rows, world.size)[world.rank]
+    before = whole(engine)
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 0:
+            patch.setattr("fullrank.parallel.zero.row_loss", lambda *given: row_loss(*given) * float("nan"))
+        outcome = engine.step(own, 10, learning_rate=1e-2, seed=0)
+    moved = differences(whole(engine), before)
+    return outcome.updated, moved, engine.step(own, 10, learning_rate=1e-2, seed=1).updated
+
+
+def read_and_saved(world: World, asked: Asked) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """(weights when they were saved, when a new engine has read them, files of the checkpoint)."""
+    deepspeed_for("cpu", world)
+    engine, store = engine_of(world, asked), examples()
+    rows = dealt(micro_batches(store, list(range(STEP)), asked.budget, packed=True, ranks=world.size), world.size)
+    engine.step(rows[world.rank], 10, learning_rate=1e-2, seed=0)
+    saved = whole(engine)
+    folder = checkpoint.save(Path(asked.checkpoints), 1, engine.state(), {}, world)
+    engine.step(rows[world.rank], 10, learning_rate=1e-2, seed=1)
+    engine.load_state(checkpoint.load(folder)[1])
+    return saved, whole(engine), sorted(path.name for path in folder.iterdir())

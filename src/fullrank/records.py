@@ -351,8 +351,10 @@ class Plan(StageRecord):
     backward_passes: int
     """Through every block in a step: two where released gradients are clipped, one for their norm and one for the update."""
     optimizer_states: Literal["device", "host", "disk"]
-    engine: Literal["single", "fsdp2"]
-    """What computes the steps: one process by itself, or PyTorch FSDP2."""
+    engine: Literal["single", "fsdp2", "deepspeed"]
+    """What computes the steps: one process by itself, PyTorch FSDP2, or DeepSpeed ZeRO."""
+    zero_stage: int | None = None
+    """Of DeepSpeed: 1 divides optimizer states among ranks, 2 gradients too, 3 weights as well."""
     ranks: int
     """Processes that share the work, one a device."""
     replicas: int

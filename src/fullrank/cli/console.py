@@ -229,6 +229,8 @@ def _trained(plan: Plan) -> str:
 def _where(plan: Plan) -> str:
     if plan.engine == "single":
         return plan.machine.device_name
+    if plan.engine == "deepspeed":
+        return f"{plural(plan.ranks, 'rank')} of {plan.machine.device_name} (DeepSpeed ZeRO-{plan.zero_stage})"
     held = f", which hold the model {plan.replicas} times" if plan.replicas > 1 else ""
     when = "after every row" if plan.sync == "row" else "once a step"
     return f"{plural(plan.ranks, 'rank')} of {plan.machine.device_name} (FSDP2{held}; gradients summed {when})"

@@ -40,8 +40,9 @@ BLOCKWISE_LADDER: tuple[Recompute, ...] = ("block", "offload")
 
 def ladder_of(device: str, engine: str) -> tuple[Recompute, ...]:
     """What may be recomputed by an engine that takes a step row by row. FSDP2 gathers a block's weights by hooks that offloading
-    would go around."""
-    return tuple(how for how in LADDER[device] if how != "offload" or engine == "single")
+    would go around; selective recomputation takes what DeepSpeed's hooks do for a part of the block."""
+    without = {"single": (), "deepspeed": ("offload", "selective")}.get(engine, ("offload",))
+    return tuple(how for how in LADDER[device] if how not in without)
 
 
 _aten = torch.ops.aten

@@ -63,9 +63,7 @@ class Zero(SingleDevice):
         UsageError: the rule looks at whole tensors, or weights are of 16 bits.
     """
 
-    def __init__(
-        self, rows: RowModel, train: Train, *, zeroed: Zeroed, recompute: str, states: Shelf | None = None
-    ) -> None:
+    def __init__(self, rows: RowModel, train: Train, *, zeroed: Zeroed, recompute: str, states: Shelf | None = None) -> None:
         if problems := refused_by_zero(train):
             raise UsageError("\n".join(problems))
         self._zeroed, self._world = zeroed, zeroed.world
@@ -145,7 +143,9 @@ class Zero(SingleDevice):
         """In pieces (`fullrank.optim.pieces.Pieces`)."""
         state = super().state()
         # A tensor may be whole on one rank, any one, and absent on the others: it is a piece all the same.
-        kinds = {kind: tensors if kind == "weights" else Pieces(tensors, self._of(tensors)) for kind, tensors in state.tensors.items()}
+        kinds = {
+            kind: tensors if kind == "weights" else Pieces(tensors, self._of(tensors)) for kind, tensors in state.tensors.items()
+        }
         return replace(state, tensors=kinds)
 
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,15 @@ def deepspeed_for(device_type: str, world: World) -> Any:
     return module
 
 
+def forget_groups() -> None:
+    """Has DeepSpeed, if it was used, let go of the ranks' groups, which it keeps for the life of the process."""
+    if (deepspeed := sys.modules.get("deepspeed")) is None or deepspeed.comm.comm.cdb is None:
+        return
+    deepspeed.utils.groups._release_process_group_references(group=None)
+    deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()
+    deepspeed.comm.comm.cdb = None
+
+
 class FlatOptimizer(torch.optim.Optimizer):
     """What DeepSpeed takes for the optimizer: hands each flat part that has a gradient to whoever updates it.
 
@@ -62,7 +71,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.update: Callable[[torch.Tensor], None] = _nothing
         """Is given a flat part, whose `grad` is the gradient; called within `step`, for one part after the other."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # nobody hands it a closure
         """Updates the parts that DeepSpeed has put in."""
         for group in self.param_groups:
             for flat in group["params"]:
@@ -217,10 +226,6 @@ class Zeroed:
             found = torch.empty(self.world.size * each, dtype=padded.dtype, device=p.device)
             distributed.all_gather(list(found.chunk(self.world.size)), padded)
             yield name, found[: p.ds_numel].view(p.ds_shape)
-
-    def close(self) -> None:
-        """Takes DeepSpeed's hooks off the model, and forgets the ranks' groups."""
-        self.engine.destroy()
 
 
 def load_zeroed(
