@@ -515,8 +515,8 @@ class Parallel(Section):
     """deepspeed, stage 3: keep each rank's part of the weights in host memory beside a CUDA device. For the optimizer:
     machine.optimizer_states: host."""
     deepspeed_config: str | None = None
-    """deepspeed: a DeepSpeed configuration of your own (JSON), relative to the recipe's folder, then to the working directory. "auto"
-    in it is filled in from the recipe; what contradicts the recipe is an error."""
+    """deepspeed: a DeepSpeed configuration of your own (JSON), relative to the recipe's folder, then to the working directory.
+    "auto" in it is filled in from the recipe; what contradicts the recipe is an error."""
     ranks: int | Literal["auto"] = Field(default="auto")
     """Processes on this machine, one a device; auto starts one for each CUDA device, and one on other machines. What torchrun
     starts counts instead."""

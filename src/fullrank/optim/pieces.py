@@ -109,7 +109,7 @@ def assembled(parts: Iterable[tuple[Piece, Read]], wanted: Piece, dtype: torch.d
 
 
 def own_elements(tensors: Mapping[str, Tensor], name: str, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """This rank's elements of a tensor, flat, out of what was saved, or out of memory: then they are the piece already, or the whole.
+    """This rank's elements of a tensor, flat: out of what was saved, or out of memory, where they are the piece or the whole.
 
     Raises:
         ValueError: some are in no part.

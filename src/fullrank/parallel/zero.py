@@ -1,12 +1,13 @@
 """The engine of several ranks on DeepSpeed ZeRO: stage 1 divides optimizer states, 2 gradients too, 3 weights as well.
 
 Every rank computes the rows it was dealt (`fullrank.sequences.layout.dealt`), as many as every other, since DeepSpeed sums
-gradients (stage 1 after a step's last row, 2 and 3 after every row) and gathers weights (stage 3) with all ranks at once. DeepSpeed
+gradients (stage 1 after a step's last row, 2 and 3 after every row) and gathers weights (stage 3) with all ranks at once. It
 averages gradients over ranks where the loss law adds shares of them up, so a row's share is multiplied by the number of ranks
-first. It takes the norm; clipping and the update are ours, on this rank's part of the master copy (`fullrank.parallel.zeroed`).
+first. DeepSpeed takes the norm; clipping and the update are ours, on this rank's part of the master copy
+(`fullrank.parallel.zeroed`).
 
-Only elementwise rules are served, since a rank's part begins and ends where it falls; weights of 16 bits are not, since the master
-copy is of 32.
+Only elementwise rules are served, since a rank's part begins and ends where it falls; weights of 16 bits are not, since the
+master copy is of 32.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def refused_by_zero(train: Train) -> list[str]:
         )
     if train.rounding != "none":
         problems.append(
-            f"train.precision: {train.precision} saves the fp32 master copy, which ZeRO always keeps; use parallel.engine: fsdp2, "
-            "or precision fp32 or bf16-mixed"
+            f"train.precision: {train.precision} saves the fp32 master copy, which ZeRO always keeps; use "
+            "parallel.engine: fsdp2, or precision fp32 or bf16-mixed"
         )
     return problems
 

@@ -1,9 +1,9 @@
 """DeepSpeed's configuration as a recipe means it, and a user's own checked against the recipe.
 
-A recipe decides what a step is, so most of what a DeepSpeed file says of batches, optimizer, schedule and precision is there twice.
-"auto" is filled in. What says the same as the recipe is welcome; what says something else is refused with both values, everything at
-once. Settings of speed and memory (buckets, prefetching, logging) are DeepSpeed's own and go through as they are. What is known to
-change numbers, and what is not known here, is refused by name.
+A recipe decides what a step is, so what a DeepSpeed file says of batches, optimizer, schedule and precision is there twice.
+"auto" is filled in. What says the same as the recipe is welcome; what says something else is refused with both values,
+everything at once. Settings of speed and memory (buckets, prefetching, logging) are DeepSpeed's own and go through as they are.
+What is known to change numbers, and what is not known here, is refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from fullrank.errors import UsageError
 from fullrank.recipe import Recipe
 
-#: Elements that are summed, or gathered ahead, at once: DeepSpeed's own 500 million would take 2 GB of fp32 for a small model, too.
+#: Elements that are summed, or gathered ahead, at once: DeepSpeed's 500 million would take 2 GB of fp32 for a small model, too.
 BUCKET_ELEMENTS = 20_000_000
 #: Parameters of stage 3 that are no larger stay whole: DeepSpeed's default.
 PERSISTENT_ELEMENTS = 100_000
@@ -252,7 +252,8 @@ class _Check:
             words = " x ".join([*(f"{key} {value}" for key, value in parts.items()), f"{self.ranks} ranks"])
             fits = "is not" if len(parts) == 2 else "does not divide"
             self.problems.append(
-                f"{words} = {product} {fits} train.global_batch_size {wanted}; write {_AUTO!r}: fullrank lays examples out in rows itself"
+                f"{words} = {product} {fits} train.global_batch_size {wanted}; write {_AUTO!r}: "
+                "fullrank lays examples out in rows itself"
             )
 
     def _clipping(self, value: Any) -> None:
@@ -320,7 +321,8 @@ class _Check:
         if isinstance(value, dict) and not any(value.values()):
             return
         self.problems.append(
-            f"activation_checkpointing: {_shown(value)}: what is recomputed is the plan's to say, from machine.memory_limit; remove it"
+            f"activation_checkpointing: {_shown(value)}: what is recomputed is the plan's to say, by machine.memory_limit; "
+            "remove it"
         )
 
     def _offload(self, key: str, value: Any, *, wanted: bool) -> dict[str, Any]:
@@ -334,7 +336,8 @@ class _Check:
         device = value.get("device", _AUTO)
         if device == "nvme":
             self.problems.append(
-                f"{where}.device: nvme is not served; write cpu, or for optimizer states {_AUTO!r} with machine.optimizer_states: disk"
+                f"{where}.device: nvme is not served; write cpu, or for optimizer states {_AUTO!r} with "
+                "machine.optimizer_states: disk"
             )
         elif device not in (_AUTO, "cpu" if wanted else "none"):
             self._conflict(f"{where}.device", device, own, on if wanted else off)
@@ -372,7 +375,8 @@ class _Check:
             self.problems.append(f"{where} is {_shown(value)}, but {own} is counted by fullrank: write {_AUTO!r} here")
             return
         self.problems.append(
-            f"{where} is {_shown(value)}, but {own} is {_shown(wanted)}: write {_shown(wanted)} or {_AUTO!r} here, or change the recipe"
+            f"{where} is {_shown(value)}, but {own} is {_shown(wanted)}: write {_shown(wanted)} or {_AUTO!r} here, "
+            "or change the recipe"
         )
 
     def _off(self, where: str, value: Any) -> None:

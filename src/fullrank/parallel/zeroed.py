@@ -240,8 +240,8 @@ def load_zeroed(
     """The base model in DeepSpeed's hands.
 
     Stages 1 and 2 hold the model whole on every rank, so every rank reads it. For stage 3 the first rank reads it parameter by
-    parameter, and the others are given theirs; no rank ever holds more of it than its parts and one whole parameter, but the first
-    one holds all of it where tensors are stored under other names than the model's, or in parts.
+    parameter, and the others are given theirs; no rank ever holds more of it than its parts and one whole parameter, but the
+    first one holds all of it where tensors are stored under other names than the model's, or in parts.
 
     Args:
         folder: of the weights.
