@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,12 @@ from fullrank.parallel.groups import freeze
 from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import World
-from fullrank.recipe import Model, Train
-from fullrank.sequences.layout import MicroBatch, row_of
+from fullrank.parallel.zero import Zero
+from fullrank.parallel.zero_settings import settings_of
+from fullrank.parallel.zeroed import deepspeed_for, load_zeroed
+from fullrank.recipe import Model, Recipe, Train
+from fullrank.sequences.layout import MicroBatch, dealt, micro_batches, row_of
+from fullrank.sequences.loss import row_loss
 from fullrank.sequences.parts import part_of
 from fullrank.sequences.store import Example
 from fullrank.train import checkpoint, proof
@@ -53,6 +57,8 @@ class Asked:
     sync: str = "step"
     replicas: int = 1
     context: int = 1
+    zero: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's `zero_optimization`; the engine is FSDP2 where it is empty."""
     steps: int = 4
     first: int = 0
     """Step to begin with, from a checkpoint if it is not 0."""
@@ -73,10 +79,26 @@ def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
         model = load_model(folder, device=torch.device("cpu"), dtype=asked.dtype)
         freeze(model, train.frozen)
         return SingleDevice(RowModel(model), train, recompute=asked.recompute)
+    if asked.zero:
+        settings = zero_settings(asked.zero, world.size)
+        zeroed = load_zeroed(folder, world, settings, device=torch.device("cpu"), dtype=asked.dtype, frozen=train.frozen)
+        return Zero(RowModel(zeroed.model, entry=zeroed.engine), train, zeroed=zeroed, recompute=asked.recompute)
     mesh = mesh_of(world, asked.replicas, "cpu")
     model = load_sharded(folder, mesh, dtype=asked.dtype, compute_type=asked.compute_type, frozen=train.frozen)
     rows = RowModel(model, ring=ring.ring_of(world, asked.context, "cpu"))
     return Fsdp2(rows, train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync)  # type: ignore[arg-type]
+
+
+def zero_settings(zero: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a recipe that says nothing else, with buckets and thresholds that a tiny model fills."""
+    section = {"engine": "deepspeed", "zero_stage": zero["stage"]}
+    recipe = Recipe.model_validate({"name": "t", "model": {"source": "m"}, "data": {"train": "t.jsonl"}, "parallel": section})
+    settings = settings_of(recipe, ranks)
+    settings["zero_optimization"] |= {"reduce_bucket_size": 20_000, **zero}
+    if zero["stage"] == 3:
+        settings["zero_optimization"].setdefault("stage3_prefetch_bucket_size", 20_000)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = zero.get("stage3_param_persistence_threshold", 0)
+    return settings
 
 
 def examples(alike: bool = False) -> Any:
@@ -95,6 +117,8 @@ def stepped(world: World, asked: Asked, divided: bool = True) -> dict[str, Any]:
     """Losses, norms and whole weights after the steps; of one rank for `divided` False."""
     if not divided:
         world = World()
+    if asked.zero:
+        deepspeed_for("cpu", world)  # before types change their names
     with everything_double() if asked.dtype == torch.float64 else contextlib.nullcontext():
         return _stepped(world, asked, divided)
 
@@ -138,7 +162,7 @@ def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
 
 def whole(engine: Engine) -> dict[str, Any]:
     """An engine's whole weights, as numbers that travel between processes."""
-    pairs = engine.whole_weights() if isinstance(engine, Fsdp2) else engine.weights().items()
+    pairs = engine.whole_weights() if isinstance(engine, Fsdp2 | Zero) else engine.weights().items()
     return {
         name: tensor.detach().clone().float().numpy() if tensor.dtype == torch.bfloat16 else tensor.detach().clone().numpy()
         for name, tensor in pairs
@@ -302,3 +326,31 @@ def _others(family: str) -> Any:
     }[family]()
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def not_finite(world: World, asked: Asked) -> tuple[bool, float, bool]:
+    """(updated, how far the weights moved, whether the next step was taken) of a step whose loss is not a number."""
+    deepspeed_for("cpu", world)
+    engine, store = engine_of(world, replace(asked, dtype=torch.float32)), examples()
+    rows = micro_batches(store, list(range(STEP)), asked.budget, packed=True, ranks=world.size)
+    own = dealt(rows, world.size)[world.rank]
+    before = whole(engine)
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 0:
+            patch.setattr("fullrank.parallel.zero.row_loss", lambda *given: row_loss(*given) * float("nan"))
+        outcome = engine.step(own, 10, learning_rate=1e-2, seed=0)
+    moved = differences(whole(engine), before)
+    return outcome.updated, moved, engine.step(own, 10, learning_rate=1e-2, seed=1).updated
+
+
+def read_and_saved(world: World, asked: Asked) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """(weights when they were saved, when a new engine has read them, files of the checkpoint)."""
+    deepspeed_for("cpu", world)
+    engine, store = engine_of(world, asked), examples()
+    rows = dealt(micro_batches(store, list(range(STEP)), asked.budget, packed=True, ranks=world.size), world.size)
+    engine.step(rows[world.rank], 10, learning_rate=1e-2, seed=0)
+    saved = whole(engine)
+    folder = checkpoint.save(Path(asked.checkpoints), 1, engine.state(), {}, world)
+    engine.step(rows[world.rank], 10, learning_rate=1e-2, seed=1)
+    engine.load_state(checkpoint.load(folder)[1])
+    return saved, whole(engine), sorted(path.name for path in folder.iterdir())

@@ -349,8 +349,12 @@ def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
         update["chat_template"] = find(data.chat_template, ("data", "chat_template"))
     if data.glossary:
         update["glossary"] = find(data.glossary, ("data", "glossary"))
+    parallel = recipe.parallel
+    if parallel.deepspeed_config:
+        path = find(parallel.deepspeed_config, ("parallel", "deepspeed_config"))
+        parallel = parallel.model_copy(update={"deepspeed_config": path})
     if missing:
         raise DataError("\n".join(missing), hint="paths are relative to the recipe's folder, then to the working directory")
     model_folder = next((folder / recipe.model.source for folder in folders if (folder / recipe.model.source).is_dir()), None)
     model = recipe.model.model_copy(update={"source": str(model_folder.resolve())}) if model_folder else recipe.model
-    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model})
+    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model, "parallel": parallel})

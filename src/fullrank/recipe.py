@@ -504,9 +504,19 @@ class Machine(Section):
 class Parallel(Section):
     """How a run is spread over devices; nothing here changes what is learned."""
 
-    engine: Literal["auto", "fsdp2"] = "auto"
+    engine: Literal["auto", "fsdp2", "deepspeed"] = "auto"
     """What computes steps. fsdp2: PyTorch's fully sharded data parallelism, each rank holding a part of weights, gradients and
-    optimizer states. auto: fsdp2 for several ranks; a single one needs no engine of that kind."""
+    optimizer states. deepspeed: ZeRO, for adamw and lomo. auto: fsdp2 for several ranks; a single one needs no engine of that
+    kind."""
+    zero_stage: Literal[1, 2, 3, "auto"] = "auto"
+    """deepspeed: what is divided among ranks. 1: optimizer states; 2: gradients too; 3: weights as well. auto: what
+    deepspeed_config says, else 3, which takes least memory."""
+    offload_parameters: bool = False
+    """deepspeed, stage 3: keep each rank's part of the weights in host memory beside a CUDA device. For the optimizer:
+    machine.optimizer_states: host."""
+    deepspeed_config: str | None = None
+    """deepspeed: a DeepSpeed configuration of your own (JSON), relative to the recipe's folder, then to the working directory.
+    "auto" in it is filled in from the recipe; what contradicts the recipe is an error."""
     ranks: int | Literal["auto"] = Field(default="auto")
     """Processes on this machine, one a device; auto starts one for each CUDA device, and one on other machines. What torchrun
     starts counts instead."""
@@ -523,6 +533,17 @@ class Parallel(Section):
         if isinstance(ranks, int) and ranks < 1:
             raise ValueError("must be at least 1, or auto")
         return ranks
+
+    @model_validator(mode="after")
+    def _of_the_engine(self) -> Parallel:
+        if self.engine != "deepspeed":
+            given = {"zero_stage": self.zero_stage != "auto", "offload_parameters": self.offload_parameters}
+            given["deepspeed_config"] = self.deepspeed_config is not None
+            if meant := [key for key, is_given in given.items() if is_given]:
+                raise ValueError(f"`{meant[0]}` belongs to engine: deepspeed, and the engine is {self.engine}")
+        elif self.offload_parameters and self.zero_stage in (1, 2):
+            raise ValueError(f"`offload_parameters` needs zero_stage: 3; stage {self.zero_stage} has whole weights on every rank")
+        return self
 
 
 class Recipe(Section):
@@ -570,6 +591,9 @@ ALIASES: dict[str, str] = {
     "offload_optimizer": "machine.optimizer_states",
     "nproc_per_node": "parallel.ranks",
     "num_processes": "parallel.ranks",
+    "deepspeed": "parallel.deepspeed_config",
+    "offload_param": "parallel.offload_parameters",
+    "stage": "parallel.zero_stage",
     "fsdp": "parallel.engine",
     "fsdp_config": "parallel.engine",
     "dp_replicate_size": "parallel.replicas",

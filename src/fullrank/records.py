@@ -354,8 +354,10 @@ class Plan(StageRecord):
     backward_passes: int
     """Through every block in a step: two where released gradients are clipped, one for their norm and one for the update."""
     optimizer_states: Literal["device", "host", "disk"]
-    engine: Literal["single", "fsdp2"]
-    """What computes the steps: one process by itself, or PyTorch FSDP2."""
+    engine: Literal["single", "fsdp2", "deepspeed"]
+    """What computes the steps: one process by itself, PyTorch FSDP2, or DeepSpeed ZeRO."""
+    zero_stage: int | None = None
+    """Of DeepSpeed: 1 divides optimizer states among ranks, 2 gradients too, 3 weights as well."""
     ranks: int
     """Processes that share the work, one a device."""
     replicas: int
@@ -392,6 +394,8 @@ class Plan(StageRecord):
         """Devices and engine in words."""
         if self.engine == "single":
             return self.machine.device_name
+        if self.engine == "deepspeed":
+            return f"{plural(self.ranks, 'rank')} of {self.machine.device_name} (DeepSpeed ZeRO-{self.zero_stage})"
         held = f", which hold the model {self.replicas} times" if self.replicas > 1 else ""
         held += f", {self.context} sharing each row" if self.context > 1 else ""
         when = "after every row" if self.sync == "row" else "once a step"

@@ -43,6 +43,8 @@ class RowModel:
             parameter must then hold as a plain tensor of its own.
         widened: of this model, where it computes in another type than its weights are stored in.
         ring: of the ranks that share each row with this one, where they do.
+        entry: what is called for a forward pass: an engine that stands around the model and must hear of each; the model itself
+            by default.
 
     Raises:
         ModelError: rows are to be shared, and this model's cannot be.
@@ -55,8 +57,10 @@ class RowModel:
         adds_gradients: bool = False,
         widened: Widened | None = None,
         ring: Ring | None = None,
+        entry: Callable[..., Any] | None = None,
     ) -> None:
         self.model, self.widened, self.ring = model, widened, ring
+        self._entry: Callable[..., Any] = model if entry is None else entry
         is_fp32 = widened is not None or all(p.dtype == torch.float32 for p in model.parameters())
         is_plain = model.device.type == "cpu" and is_fp32
         self.tuned = Tuned(model) if adds_gradients and is_plain else None
@@ -119,7 +123,7 @@ class RowModel:
         if self.head is not None:
             hidden_SH = self._as_a_whole(lambda: self.model.base_model(**given).last_hidden_state[0, batch.predicting_S])
             return hidden_SH, self._head_now(self.head)
-        logits_SV = self.model(**given, logits_to_keep=batch.predicting_S).logits[0]
+        logits_SV = self._entry(**given, logits_to_keep=batch.predicting_S).logits[0]
         if logits_SV.shape[0] != len(batch.predicting_S):  # a model that has no logits_to_keep
             logits_SV = logits_SV[batch.predicting_S]
         return logits_SV, None
@@ -131,7 +135,7 @@ class RowModel:
         before = model.__dict__.get("forward")
         model.forward = compute
         try:
-            found: torch.Tensor = model()
+            found: torch.Tensor = self._entry()
             return found
         finally:
             _restore(model, before)

@@ -106,3 +106,16 @@ def assembled(parts: Iterable[tuple[Piece, Read]], wanted: Piece, dtype: torch.d
     if found != wanted.count:
         raise ValueError(f"{wanted.count - found} of {wanted.count} elements were saved by no rank")
     return out
+
+
+def own_elements(tensors: Mapping[str, Tensor], name: str, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """This rank's elements of a tensor, flat: out of what was saved, or out of memory, where they are the piece or the whole.
+
+    Raises:
+        ValueError: some are in no part.
+    """
+    there = parts_of(tensors, name)
+    if there is not None:
+        return assembled(there, piece, dtype)
+    flat = tensors[name].reshape(-1)
+    return flat if len(flat) == piece.count else flat[piece.stretch]

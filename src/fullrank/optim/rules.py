@@ -239,3 +239,8 @@ def rule_for(optimizer: recipe.Optimizer, shape: Sequence[int], *, hidden: bool)
     if isinstance(optimizer, recipe.Adafactor):
         return Adafactor()
     return Lomo() if isinstance(optimizer, recipe.Lomo) else AdaLomo()
+
+
+def is_elementwise(optimizer: recipe.Optimizer) -> bool:
+    """Whether its rule may be applied to any flat stretch of any tensor."""
+    return all(rule_for(optimizer, shape, hidden=True).elementwise for shape in ((2, 2), (2,)))

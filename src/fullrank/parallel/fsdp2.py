@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from fullrank.models.rows import RowModel
-from fullrank.optim.pieces import Piece, Pieces, assembled, parts_of
+from fullrank.optim.pieces import Piece, Pieces, own_elements
 from fullrank.optim.shelf import Shelf
 from fullrank.optim.update import Updater
 from fullrank.parallel.engine import EngineState, StepOutcome
@@ -192,9 +192,7 @@ class Fsdp2(SingleDevice):
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, p in self._local.items():
-                piece, there = self._everything[name], parts_of(weights, name)
-                found = assembled(there, piece, p.dtype) if there is not None else _own(weights, name, piece)
-                p.view(-1).copy_(found)
+                p.view(-1).copy_(own_elements(weights, name, self._everything[name], p.dtype))
 
     def _gathered(self, piece: Piece, elements: torch.Tensor) -> torch.Tensor:
         """See `fullrank.optim.pieces.Gather`: FSDP2 gives every rank ceil(rows / ranks) rows, the last ones what is left."""
@@ -214,9 +212,3 @@ def _part(p: torch.Tensor) -> torch.Tensor:
     """This rank's part of a divided tensor, the memory itself."""
     part: torch.Tensor = p.to_local() if isinstance(p, DTensor) else p
     return part.detach()
-
-
-def _own(weights: Mapping[str, torch.Tensor], name: str, piece: Piece) -> torch.Tensor:
-    """This rank's elements of weights in memory: they are the piece already, or the whole."""
-    flat = weights[name].reshape(-1)
-    return flat if len(flat) == piece.count else flat[piece.stretch]

@@ -40,9 +40,10 @@ BLOCKWISE_LADDER: tuple[Recompute, ...] = ("block", "offload")
 
 def ladder_of(device: str, engine: str, context: int = 1) -> tuple[Recompute, ...]:
     """What may be recomputed by an engine that takes a step row by row. FSDP2 gathers a block's weights by hooks that offloading
-    would go around; where `context` ranks share a row, attention is made of products like any other, and selective recomputation
-    would keep all of their scores."""
-    without = {"offload"} if engine != "single" else set()
+    would go around, and takes what DeepSpeed's hooks do for a part of the block that selective recomputation may keep; where
+    `context` ranks share a row, attention is made of products like any other, and selective recomputation would keep all of their
+    scores."""
+    without = {"single": set(), "deepspeed": {"offload", "selective"}}.get(engine, {"offload"})
     return tuple(how for how in LADDER[device] if how not in (without if context == 1 else without | {"selective"}))
 
 

@@ -100,7 +100,7 @@ def load_sharded(
     model = blank_model(folder, dtype=dtype)
     freeze(model, frozen)
     divide(model, mesh, compute_type=compute_type)
-    stored = _stored_as_is(folder, model)
+    stored = stored_as_is(folder, model)
     whole: Mapping[str, torch.Tensor] = {}
     if stored is None and distributed.get_rank() == 0:
         whole = dict(load_model(folder, device=torch.device("cpu"), dtype=dtype).named_parameters())
@@ -129,7 +129,7 @@ def _handed_out(tensor: torch.Tensor | None, piece: Piece, dtype: torch.dtype) -
     return flat
 
 
-def _stored_as_is(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor] | None:
+def stored_as_is(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor] | None:
     """Parameter name -> stored tensor; None where some are not stored under a name of theirs with their shape."""
     stored = StoredTensors(*weight_files(folder)).index
     names: dict[int, list[str]] = {}

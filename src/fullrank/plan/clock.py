@@ -38,7 +38,7 @@ class Clock:
     def seconds(self, recipe: Recipe, choice: Choice) -> tuple[float, str]:
         """(seconds, what they rest on); 0 where nothing could be measured."""
         ground, work = self._ground, self._work
-        divided = ground.engine == "fsdp2"
+        divided = ground.engine != "single"
         how = "block" if is_blockwise(recipe) and not divided else choice.recompute
         key = f"{how} {recipe.train.precision} {recipe.train.optimizer} {ground.context}"
         if key not in self._measured:

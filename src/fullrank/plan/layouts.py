@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from fullrank.sequences.layout import MicroBatch, micro_batches, needed_tokens, 
 from fullrank.sequences.order import Order
 from fullrank.sequences.store import Example, TokenStore
 
-Engine = Literal["single", "fsdp2"]
+Engine = Literal["single", "fsdp2", "deepspeed"]
 
 #: Tokens of a row beyond which matrix products gain nothing: past some hundreds a CPU's are at full rate, and longer rows only
 #: hold more activations (measured, see docs/LOG.md); accelerators want more.
@@ -64,6 +64,8 @@ class Ground:
     engine: Engine = "single"
     context: int = 1
     """Ranks that share each row."""
+    zero: Mapping[str, Any] | None = None
+    """DeepSpeed's section on ZeRO, where it is the engine."""
 
     def sharing(self, context: int) -> Ground:
         """The same where so many ranks share each row."""
@@ -76,7 +78,7 @@ def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
     budgets = [_full_row(ground.looks, max(longest, _ROW_TOKENS[device] * ground.context))]
     while budgets[-1] > longest:
         budgets.append(max(longest, budgets[-1] // 2))
-    if ground.engine == "fsdp2":
+    if ground.engine != "single":
         yield from _divided_choices(ground, recipe, budgets)
         return
     for recompute in BLOCKWISE_LADDER if is_blockwise(recipe) else ladder_of(device, ground.engine):
@@ -97,6 +99,8 @@ def choices(ground: Ground, recipe: Recipe) -> Iterator[Choice]:
 def _divided_choices(ground: Ground, recipe: Recipe, budgets: list[int]) -> Iterator[Choice]:
     """Gradients are summed after each row rather than that anything is computed again."""
     syncs: tuple[Sync, ...] = ("step", "row")
+    if ground.zero is not None:  # the stage decides
+        syncs = ("step",) if ground.zero["stage"] == 1 else ("row",)
     for recompute in ladder_of(ground.machine.device, ground.engine, ground.context):
         for sync in syncs:
             for budget in budgets:
@@ -110,7 +114,7 @@ def _divided_choices(ground: Ground, recipe: Recipe, budgets: list[int]) -> Iter
                     process_bytes=ground.process_bytes,
                     eager=ground.eager,
                     device=ground.machine.device,
-                    division=Division(ground.world.size // ground.replicas, sync, laid.most_rows, ground.context),
+                    division=Division(ground.world.size // ground.replicas, sync, laid.most_rows, ground.context, ground.zero),
                 )
                 yield Choice(budget, recompute, lines, sync)
 

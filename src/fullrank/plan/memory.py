@@ -9,7 +9,9 @@ estimate, and the report sets it against the measured peak.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fullrank.optim.update import state_bytes
 from fullrank.parallel.blockwise import is_blockwise
@@ -61,6 +63,8 @@ class Division:
     """That a rank computes in a step, at most."""
     context: int = 1
     """Ranks that share each of them."""
+    zero: Mapping[str, Any] | None = None
+    """DeepSpeed's section on ZeRO, where it divides."""
 
 
 def block_activation_bytes(model: ModelFacts, tokens: int, number_bytes: int, *, tuned: bool, selective: bool = False) -> int:
@@ -109,6 +113,8 @@ def ledger(
     if division is None:
         lines += _weights(shapes, recipe, device)
         lines += _gradients_and_states(shapes, recipe)
+    elif division.zero is not None:
+        lines += _zeroed(shapes, recipe, device, division, division.zero)
     else:
         lines += _divided(shapes, recipe, device, division)
     tuned = device == "cpu" and precision != "bf16-mixed" and division is None
@@ -227,6 +233,58 @@ def _divided(shapes: Shapes, recipe: Recipe, device: str, division: Division) ->
             LedgerLine(part="update", bytes=24 * shapes.largest_tensor, formula="largest tensor x 24 B (gathered for its update)")
         )
     return lines
+
+
+def _zeroed(shapes: Shapes, recipe: Recipe, device: str, division: Division, zero: Mapping[str, Any]) -> list[LedgerLine]:
+    """Weights, gradients and states of a rank under ZeRO: what it divides by its stage, and the buffers that it sums and gathers
+    in. It computes with fp32 weights of its own and updates a master copy beside them."""
+    ranks, stage = division.ranks, zero["stage"]
+    n, trained = shapes.parameters, shapes.trained_parameters
+    part = 4 * -(-trained // ranks)
+    on_device = device != "cuda" or recipe.machine.optimizer_states != "host"
+    master = part if on_device else 0
+    bucket = 4 * int(zero["reduce_bucket_size"])
+    if device != "cuda":  # a buffer is memory once it is written to
+        bucket = min(bucket, 4 * trained)
+    if stage == 3:
+        kept = 0 if recipe.parallel.offload_parameters else 4 * -(-n // ranks)
+        ahead = min(int(zero["stage3_prefetch_bucket_size"]), n)
+        gathered = 4 * (shapes.block + ahead + shapes.outside)
+        lines = [
+            LedgerLine(part="weights", bytes=kept + master, formula=f"N / {ranks} x 4 B + N' / {ranks} x 4 B of the master copy"),
+            LedgerLine(
+                part="gathered", bytes=gathered, formula="(B + prefetched + O) x 4 B (whole while they compute; the head always)"
+            ),
+        ]
+    else:
+        words = f"N x 4 B + N' / {ranks} x 4 B of the master copy"
+        lines = [LedgerLine(part="weights", bytes=4 * n + master, formula=words)]
+    summed = 2 * part if on_device else 0
+    if stage == 1:
+        gradients, how = 4 * trained + summed, f"N' x 4 B (whole until a step's last row) + 2 x N' / {ranks} x 4 B of their sums"
+    else:
+        largest = 4 * (shapes.block_trained if stage == 3 else shapes.largest_tensor)
+        gradients, how = summed + largest, f"2 x N' / {ranks} x 4 B of their sums + those on their way there"
+    states = -(-states_bytes(shapes, recipe) // ranks)
+    words = f"of {recipe.train.optimizer.name}, / {ranks}"
+    if recipe.machine.optimizer_states == "disk":
+        share = 2 * shapes.largest_tensor / max(1, trained)
+        states, words = int(min(1.0, share) * states), "those of two tensors' parts"
+    elif not on_device:
+        states, words = 0, "in host memory, with the master copy and the sums of gradients"
+    return [
+        *lines,
+        LedgerLine(part="gradients", bytes=gradients, formula=how),
+        LedgerLine(part="buffers", bytes=2 * bucket, formula="2 x reduce_bucket_size x 4 B"),
+        LedgerLine(part="optimizer", bytes=states, formula=words),
+    ]
+
+
+def zero_host_bytes(shapes: Shapes, recipe: Recipe) -> int:
+    """What all ranks of a machine keep in its host memory under ZeRO beside a CUDA device, without optimizer states: master copy
+    and sums of gradients, where those wait there; weights, where they are offloaded."""
+    with_states = 8 * shapes.trained_parameters if recipe.machine.optimizer_states == "host" else 0
+    return with_states + (4 * shapes.parameters if recipe.parallel.offload_parameters else 0)
 
 
 def _weights(shapes: Shapes, recipe: Recipe, device: str) -> list[LedgerLine]:

@@ -68,7 +68,7 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> I
         for changes in (*(_wider(ground) if same else ()), *candidates):
             if ground.machine.device == "cuda":
                 changes = tuple(change.replace("states=disk", "states=host") for change in changes)
-            if ground.engine == "fsdp2":  # where each rank keeps its part of the gradients
+            if ground.engine != "single":  # where each rank keeps its part of the gradients
                 changes = tuple(change for change in changes if not change.startswith("machine.gradients"))
             changed = _with(recipe, changes)
             if (

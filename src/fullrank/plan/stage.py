@@ -7,6 +7,9 @@ as it is, so that a continued run computes its steps in the very same rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fullrank.errors import FitError, UsageError
 from fullrank.meter import Meter, resident_bytes
 from fullrank.models.load import DTYPES, attention_for, drops
@@ -15,6 +18,8 @@ from fullrank.models.source import load_config
 from fullrank.optim.schedule import warmup_steps
 from fullrank.parallel.groups import shapes_of
 from fullrank.parallel.world import ALONE, World
+from fullrank.parallel.zero import refused_by_zero
+from fullrank.parallel.zero_settings import settings_of
 from fullrank.plan import memory
 from fullrank.plan.clock import Clock, Work
 from fullrank.plan.layouts import Choice, Engine, Ground, Looks, choices
@@ -39,14 +44,15 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel, world: World = ALONE) -
     engine = engine_of(recipe, world)
     machine = look(recipe.machine, run.root, world.local_size)
     current = _fingerprint(recipe, card, base, machine, world)
+    zero = settings_of(recipe, world.size)["zero_optimization"] if engine == "deepspeed" else None
     plan = read_record(run.plan_path, Plan)
-    if plan and plan.fits and (plan.fingerprint == current or _is_begun(plan, recipe, machine, run, engine, world)):
+    if plan and plan.fits and (plan.fingerprint == current or _is_begun(plan, recipe, machine, run, engine, world, zero)):
         run.tell("reused", stage="plan", what="the plan made before")
         _refuse_what_no_longer_fits(plan, machine, run)
     else:
         run.tell("started", stage="plan")
         with Meter() as meter:
-            plan = _make(recipe, run, base, machine, current, meter, engine, world)
+            plan = _make(recipe, run, base, machine, current, meter, engine, world, zero)
         write_record(run.plan_path, plan)
         run.tell("finished", stage="plan", seconds=plan.seconds)
     run.show("plan", plan=plan)
@@ -66,6 +72,17 @@ def engine_of(recipe: Recipe, world: World) -> Engine:
     problems = []
     if world.size % recipe.parallel.context:
         problems.append(f"parallel.context: {recipe.parallel.context} does not divide {world.size} ranks")
+    with_deepspeed = recipe.parallel.engine == "deepspeed"
+    if with_deepspeed:
+        problems += refused_by_zero(recipe.train)
+        if recipe.parallel.context > 1:
+            problems.append("parallel.context: ranks share rows with engine: fsdp2 alone; use it, or context: 1")
+        if recipe.parallel.replicas > 1:
+            problems.append("parallel.replicas: ZeRO holds the model once among all ranks; use engine: fsdp2, or replicas: 1")
+        if recipe.parallel.offload_parameters and recipe.machine.device != "cuda":
+            problems.append(
+                f"parallel.offload_parameters: there is no other memory beside the device {recipe.machine.device}; leave it out"
+            )
     if world.size % recipe.parallel.replicas:
         problems.append(f"parallel.replicas: {recipe.parallel.replicas} does not divide {world.size} ranks")
     if recipe.machine.gradients in ("release", "spill") and recipe.train.optimizer.name not in ("lomo", "adalomo"):
@@ -73,15 +90,31 @@ def engine_of(recipe: Recipe, world: World) -> Engine:
             f"machine.gradients: {recipe.machine.gradients} is for one process; of several ranks each keeps its part of them"
         )
     if problems:
-        raise UsageError(
-            "\n".join(problems), hint="leave machine.gradients out, and choose replicas and context that divide the ranks"
-        )
-    return "fsdp2"
+        hint = "leave machine.gradients out, and choose replicas and context that divide the ranks"
+        raise UsageError("\n".join(problems), hint="" if with_deepspeed else hint)
+    return "deepspeed" if with_deepspeed else "fsdp2"
 
 
-def _is_begun(plan: Plan, recipe: Recipe, machine: MachineFacts, run: Run, engine: Engine, world: World) -> bool:
+def _is_begun(
+    plan: Plan,
+    recipe: Recipe,
+    machine: MachineFacts,
+    run: Run,
+    engine: Engine,
+    world: World,
+    zero: Mapping[str, Any] | None,
+) -> bool:
     """Whether training goes by this plan already, and the recipe has not moved to other places since."""
-    waits = (plan.machine.device, plan.gradients, plan.optimizer_states, plan.engine, plan.ranks, plan.replicas, plan.context)
+    waits = (
+        plan.machine.device,
+        plan.gradients,
+        plan.optimizer_states,
+        plan.engine,
+        plan.ranks,
+        plan.replicas,
+        plan.context,
+        plan.zero_stage,
+    )
     wanted = (
         machine.device,
         recipe.gradients,
@@ -90,6 +123,7 @@ def _is_begun(plan: Plan, recipe: Recipe, machine: MachineFacts, run: Run, engin
         world.size,
         recipe.parallel.replicas,
         recipe.parallel.context,
+        zero["stage"] if zero is not None else None,
     )
     return (run.train / "inputs.json").is_file() and waits == wanted
 
@@ -131,6 +165,7 @@ def _make(
     meter: Meter,
     engine: Engine,
     world: World,
+    zero: Mapping[str, Any] | None,
 ) -> Plan:
     store = TokenStore(run.data / "train")
     validation = TokenStore(run.data / "validation")
@@ -151,6 +186,7 @@ def _make(
         recipe.parallel.replicas,
         engine,
         recipe.parallel.context,
+        zero,
     )
     ways = list(choices(ground, recipe))
     choice = next((way for way in ways if way.peak_bytes <= machine.memory_available_bytes), ways[-1])
@@ -177,6 +213,7 @@ def _make(
         backward_passes=2 if engine == "single" and memory.goes_twice(recipe) else 1,
         optimizer_states=recipe.machine.optimizer_states,
         engine=engine,
+        zero_stage=zero["stage"] if zero is not None else None,
         ranks=world.size,
         replicas=recipe.parallel.replicas,
         context=recipe.parallel.context,
@@ -223,6 +260,8 @@ def _no_room(recipe: Recipe, base: ResolvedModel, ground: Ground, choice: Choice
 
 def _host_refusal(recipe: Recipe, ground: Ground, choice: Choice) -> str:
     needed = _elsewhere(recipe, ground, choice).host
+    if ground.zero is not None:
+        needed += memory.zero_host_bytes(ground.shapes, recipe)
     free = host_memory_bytes() if needed else 0
     if needed <= free:
         return ""

@@ -119,7 +119,8 @@ def _tried(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[
             checkpoint.save(trial, 0, setup.engine.state(), {}, setup.world)
             seconds = time.monotonic() - started
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not out_of_memory(error) or setup.world.size > 1:  # the other ranks wait within the step, and cannot be told
+            is_alone = setup.world.size == 1 and setup.zeroed is None
+            if not out_of_memory(error) or not is_alone:  # other ranks wait within the step, and DeepSpeed is amid one
                 raise
             return "out of memory", meter.peak_bytes, seconds
         finally:

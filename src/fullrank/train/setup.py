@@ -23,6 +23,9 @@ from fullrank.parallel.ring import ContextRing, ring_of
 from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import ALONE, World
+from fullrank.parallel.zero import Zero
+from fullrank.parallel.zero_settings import settings_of
+from fullrank.parallel.zeroed import Zeroed, load_zeroed
 from fullrank.recipe import Recipe
 from fullrank.records import Plan
 from fullrank.run import Run
@@ -51,11 +54,13 @@ class Setup:
     world: World
     mesh: DeviceMesh | None
     """That the model is divided on; None where it is not."""
+    zeroed: Zeroed | None
+    """The model in DeepSpeed's hands; None where it is not."""
 
     def amended(self, budget_tokens: int, recompute: str, sync: Sync) -> Setup:
         """The same with other rows, another recomputation, or gradients summed at other times; the engine is as new."""
         self.engine.close()
-        engine = engine_for(self.recipe, self.rows, recompute, self.waiting, self.world, self.mesh, sync)
+        engine = engine_for(self.recipe, self.rows, recompute, self.waiting, self.world, self.mesh, sync, self.zeroed)
         return replace(self, layout=replace(self.layout, budget_tokens=budget_tokens), engine=engine)
 
 
@@ -75,10 +80,13 @@ def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: Wor
     devices.reset_peak(device)
     store = TokenStore(run.data / "train")
     mesh = mesh_of(world, plan.replicas, device.type) if plan.engine == "fsdp2" else None
-    if mesh is None:
-        rows = load_rows(recipe, base.folder, device)
-    else:
+    zeroed = load_in_zero(recipe, base.folder, world, device) if plan.engine == "deepspeed" else None
+    if zeroed is not None:
+        rows = RowModel(zeroed.model, entry=zeroed.engine)
+    elif mesh is not None:
         rows = load_divided(recipe, base.folder, mesh, ring_of(world, plan.context, device.type))
+    else:
+        rows = load_rows(recipe, base.folder, device)
     if rows.why:
         run.tell("note", stage="train", words=rows.why)
     waiting = run.train / "waiting" / str(world.rank)
@@ -86,13 +94,14 @@ def set_up(recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, world: Wor
         recipe=recipe,
         device=device,
         rows=rows,
-        engine=engine_for(recipe, rows, plan.recompute, waiting, world, mesh, plan.sync),
+        engine=engine_for(recipe, rows, plan.recompute, waiting, world, mesh, plan.sync, zeroed),
         layout=Layout(plan.micro_batch_tokens, rows.packs, rows.shares, world.size, plan.context),
         store=store,
         order=Order(len(store), recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed),
         waiting=waiting,
         world=world,
         mesh=mesh,
+        zeroed=zeroed,
     )
 
 
@@ -124,6 +133,16 @@ def load_divided(recipe: Recipe, folder: Path, mesh: DeviceMesh, ring: ContextRi
     return RowModel(model, ring=ring)
 
 
+def load_in_zero(recipe: Recipe, folder: Path, world: World, device: torch.device) -> Zeroed:
+    """The base model in DeepSpeed's hands.
+
+    Raises:
+        UsageError: a pattern of `train.frozen` matches nothing, DeepSpeed is not installed, or its configuration is refused.
+    """
+    settings = settings_of(recipe, world.size)
+    return load_zeroed(folder, world, settings, device=device, dtype=torch.float32, frozen=recipe.train.frozen)
+
+
 def load_rows(recipe: Recipe, folder: Path, device: torch.device) -> RowModel:
     """The base model, its weights in the type that they are stored in while training, as it takes rows.
 
@@ -144,6 +163,7 @@ def engine_for(
     world: World = ALONE,
     mesh: DeviceMesh | None = None,
     sync: Sync = "step",
+    zeroed: Zeroed | None = None,
 ) -> SingleDevice:
     """The engine that a recipe asks for.
 
@@ -155,6 +175,7 @@ def engine_for(
         world: the ranks.
         mesh: that the model is divided on, if it is.
         sync: see `fullrank.parallel.fsdp2`.
+        zeroed: the model in DeepSpeed's hands, if it is.
 
     Raises:
         ModelError: the model's gradients cannot be released block by block, as the recipe wants.
@@ -168,6 +189,9 @@ def engine_for(
     is_cuda = rows.model.device.type == "cuda"
     states = recipe.machine.optimizer_states
     shelf = None if states == "device" else elsewhere("states", on_disk=states == "disk")
+    if zeroed is not None:
+        # States that wait in host memory are updated there, where DeepSpeed keeps the master copy then.
+        return Zero(rows, recipe.train, zeroed=zeroed, recompute=recompute, states=None if states == "host" else shelf)
     if mesh is not None:
         return Fsdp2(rows, recipe.train, world=world, mesh=mesh, recompute=recompute, sync=sync, states=shelf)
     if not is_blockwise(recipe):

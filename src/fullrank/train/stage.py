@@ -21,14 +21,16 @@ from fullrank.errors import FitError, ProofError, Stopped, UsageError
 from fullrank.loading import differences
 from fullrank.meter import Meter
 from fullrank.models.export import export_dtype, tied_parameters
-from fullrank.models.load import load_tokenizer
+from fullrank.models.load import blank_model, load_tokenizer
 from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
+from fullrank.parallel.groups import freeze
 from fullrank.parallel.heartbeat import Heartbeat
 from fullrank.parallel.quiet import between_steps, quiet
 from fullrank.parallel.world import ALONE, World
+from fullrank.parallel.zero import Zero
 from fullrank.recipe import EarlyStopping, Recipe
 from fullrank.records import DataCard, Plan, Proof, StepRow, TrainCard
 from fullrank.run import (
@@ -238,7 +240,7 @@ class _Training:
         self.engine: Engine = setup.engine
         if world.size > 1:
             self.engine.watch = heart.phase
-        self.divided = setup.engine if isinstance(setup.engine, Fsdp2) else None
+        self.divided = setup.engine if isinstance(setup.engine, Fsdp2 | Zero) else None
         self.progress = _Progress()
         self._sitting_started = time.monotonic()
         self._last_save = time.monotonic()
@@ -411,9 +413,13 @@ class _Training:
         return checked
 
     def _export_divided(
-        self, engine: Fsdp2, never_reached: set[str], dtype: torch.dtype, probe_ids_1T: torch.Tensor
+        self, engine: Fsdp2 | Zero, never_reached: set[str], dtype: torch.dtype, probe_ids_1T: torch.Tensor
     ) -> Proof | None:
         engine.forget()
+        model = self.model
+        if isinstance(engine, Zero):  # which leaves a divided parameter no shape
+            model = blank_model(self.base.folder, dtype=torch.float32)
+            freeze(model, self.recipe.train.frozen)
         if not self.world.is_first:
             for _ in engine.whole_weights():
                 pass
@@ -421,7 +427,7 @@ class _Training:
             return None
         with new_folder(self.run.model) as folder:
             unchanged, digests = proof.export_divided(
-                self.model,
+                model,
                 engine.whole_weights(),
                 self.tokenizer,
                 self.base,
@@ -432,7 +438,7 @@ class _Training:
             unreached, unmoved = self._moved(unchanged, never_reached)
             checked = proof.prove_divided(
                 digests,
-                tied_parameters(self.model),
+                tied_parameters(model),
                 self.tokenizer,
                 self.base,
                 trainable=sum(p.requires_grad for p in self.model.parameters()),

@@ -35,6 +35,7 @@ from fullrank.errors import FullrankError, Stopped
 from fullrank.loading import load
 from fullrank.parallel import device as devices
 from fullrank.parallel.world import World, joined, told
+from fullrank.parallel.zeroed import forget_groups
 from fullrank.recipe import Recipe
 from fullrank.records import StepRow
 from fullrank.run import Run
@@ -249,6 +250,7 @@ def train_as(recipe: Recipe, run: Run, world: World, end: Callable[[str], None] 
     described = describe(recipe, lambda words: None)
     with joined(world, described.recipe.machine.device, patience_seconds=PATIENCE_SECONDS):
         train_stage.stage(described.recipe, run, described.base, world, end)
+        forget_groups()
         gc.collect()  # what still holds the ranks' groups, before they go
 
 

@@ -131,7 +131,7 @@ def _run_stage(name: StageName, told: Described, run: Run, world: World | None =
 
             if world is None and (here := launch.world_here(recipe)).size > 1:
                 launch.train(recipe, run, here.size)
-            elif world is None and recipe.parallel.engine == "fsdp2":
+            elif world is None and recipe.parallel.engine != "auto":
                 launch.train_as(recipe, run, ALONE)
             else:
                 from fullrank.train import stage as train_stage
