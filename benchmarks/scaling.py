@@ -5,8 +5,8 @@
 
 Each number of ranks is a run of `fullrank train` of its own, the same examples, steps and seed; the first step is left out, and
 the median of the others is told. Ranks of one CPU share its cores, so that more of them are not expected to be faster: what is
-looked at is whether the simulation says what happens. Losses that differ between numbers of ranks would mean that another step was
-computed: then nothing is written.
+looked at is whether the simulation says what happens. Losses that differ between numbers of ranks would mean that another step
+was computed: then nothing is written.
 """
 
 from __future__ import annotations
