@@ -54,10 +54,10 @@ def _rate(bytes_per_second: float) -> str:
     return f"{format_bytes(bytes_per_second)}/s"
 
 
-_SIZES = ("devices", "memory", "batch", "rows", "busy")
+_SIZES = ("devices", "memory", "batch", "rows", "recom-\npute", "busy")
 _TIMES = ("compute\ns", "communi-\ncation s", "exposed\ns", "step\ns", "tokens\na second", "effi-\nciency", "run")
 #: Columns of the widest table; a narrower terminal wraps its lines rather than lose what stands in them.
-_WIDTH = 110
+_WIDTH = 120
 
 
 def _table(rows: Sequence[SimulatedRow], cluster: Cluster, title: str) -> Table:
@@ -67,7 +67,7 @@ def _table(rows: Sequence[SimulatedRow], cluster: Cluster, title: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         sizes = (f"{row.devices:,}", format_bytes(row.peak_bytes), f"{row.global_batch_size:,}", f"{row.rows_per_device:,}")
-        table.add_row(*sizes, f"{row.busy_ratio:.2f}", *(_times(row, has_price) if row.fits else ["too large"]))
+        table.add_row(*sizes, row.recompute, f"{row.busy_ratio:.2f}", *(_times(row, has_price) if row.fits else ["too large"]))
     return table
 
 
