@@ -117,7 +117,7 @@ def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
         chosen = range(
             asked.examples * step, asked.examples * step + (1 if step == asked.first + asked.steps - 1 else asked.examples)
         )
-        rows = micro_batches(store, list(chosen), asked.budget, packed=True, ranks=world.size)
+        rows = micro_batches(store, [n % len(store) for n in chosen], asked.budget, packed=True, ranks=world.size)
         own = dealt(rows, world.size)[world.rank]
         supervised = sum(row.supervised_tokens for row in rows)
         outcome = engine.step(own, supervised, learning_rate=1e-2, seed=step)
