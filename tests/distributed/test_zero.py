@@ -61,7 +61,7 @@ def test_in_fp32_the_first_ten_steps_agree(stage: int, ranks: Worlds, tiny_model
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fifty_steps_agree(stage: int, ranks: Worlds, tiny_model_folder: Folder) -> None:
-    asked = Asked(str(tiny_model_folder("llama")), zero={"stage": stage}, steps=50, examples=1)
+    asked = Asked(str(tiny_model_folder("llama")), zero={"stage": stage}, steps=50, examples=5)
     same(ranks(2).ask(stepped, asked)[0], alone(asked), CLOSE)
 
 
