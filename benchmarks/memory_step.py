@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
-from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.parallel.quiet import are_long, between_steps, quiet
 from fullrank.recipe import Recipe
 from fullrank.sequences.layout import MicroBatch, row_of
 from fullrank.sequences.store import Example
@@ -58,7 +59,8 @@ def answer(request: Request) -> dict[str, Any]:
     recipe = Recipe.model_validate(tree | {"train": {"precision": "fp32"} | request.train, "machine": request.machine})
     waiting = Path(tempfile.mkdtemp())
     seconds, norms, losses, changed = [], [], [], []
-    with quiet():
+    hidden = AutoConfig.from_pretrained(request.model).get_text_config().hidden_size
+    with quiet(long_rows=are_long(request.row_tokens, hidden)):
         rows = load_rows(recipe, Path(request.model), torch.device("cpu"))
         engine = engine_for(recipe, rows, request.recompute, waiting)
         vocabulary = rows.model.config.get_text_config().vocab_size

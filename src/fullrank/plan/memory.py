@@ -17,6 +17,7 @@ from fullrank.optim.update import state_bytes
 from fullrank.parallel.blockwise import is_blockwise
 from fullrank.parallel.fsdp2 import Sync
 from fullrank.parallel.groups import Shapes
+from fullrank.parallel.quiet import are_long
 from fullrank.parallel.recompute import Recompute
 from fullrank.parallel.ring import TILE
 from fullrank.recipe import Recipe
@@ -38,6 +39,8 @@ _SELECTIVE = (3, 2, 2, 2)
 #: What a CPU's heap holds beyond the tensors, of the activations: a freed array is too small, by the bytes that align it, for the
 #: next one of its size, so that rows leave holes (glibc's memalign before 2.38). Peaks: benchmarks/results/speed-cpu.json.
 _HEAP_RATIO = 0.35
+#: Where rows are long, large arrays have mappings of their own (`fullrank.parallel.quiet`).
+_LONG_HEAP_RATIO = 0.1
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,9 @@ def ledger(
     logits = f"C x V x {logits_number} B (logits, then their gradient)"
     lines += [activations, LedgerLine(part="logits", bytes=chunk * model.vocabulary * logits_number, formula=logits)]
     if device == "cpu":
-        heap = f"{_HEAP_RATIO} x activations (holes that rows leave in the heap, as measured)"
-        lines.append(LedgerLine(part="heap", bytes=int(_HEAP_RATIO * activations.bytes), formula=heap))
+        ratio = _LONG_HEAP_RATIO if are_long(row.tokens, model.hidden_size) else _HEAP_RATIO
+        heap = f"{ratio} x activations (holes that rows leave in the heap, as measured)"
+        lines.append(LedgerLine(part="heap", bytes=int(ratio * activations.bytes), formula=heap))
     if not tuned:
         head = 4 * model.vocabulary * model.hidden_size
         lines.append(LedgerLine(part="head", bytes=head, formula="V x h x 4 B (a row's gradient, before it is added)"))

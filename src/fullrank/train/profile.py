@@ -20,7 +20,7 @@ from fullrank.models.flops import needed_flops
 from fullrank.models.resolved import ResolvedModel
 from fullrank.optim.schedule import learning_rate
 from fullrank.parallel import device as devices
-from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.parallel.quiet import are_long, between_steps, quiet
 from fullrank.recipe import Recipe
 from fullrank.records import MemoryPart, ModuleTime, Plan, Profile
 from fullrank.run import Run, need_record, write_record
@@ -57,7 +57,7 @@ def profile(recipe: Recipe, run: Run, base: ResolvedModel, steps: int) -> Profil
     """
     plan = need_record(run.plan_path, Plan, "plan")
     run.tell("started", stage="profile")
-    with Meter() as meter, quiet():
+    with Meter() as meter, quiet(long_rows=are_long(plan.micro_batch_tokens, base.facts.hidden_size)):
         setup = set_up(recipe, run, base, plan)
         stopwatch = Stopwatch(setup.device, repeats_products=plan.recompute != "selective")
         ones = [1 + number % setup.order.steps for number in range(1, 1 + steps)]

@@ -28,7 +28,7 @@ from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.groups import freeze
 from fullrank.parallel.heartbeat import Heartbeat
-from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.parallel.quiet import are_long, between_steps, quiet
 from fullrank.parallel.world import ALONE, World
 from fullrank.parallel.zero import Zero
 from fullrank.recipe import EarlyStopping, Recipe
@@ -99,7 +99,8 @@ def stage(
     run.tell("started", stage="train")
     with Meter() as meter:
         try:
-            with quiet(), Heartbeat(world, run.train, end or _end) as heart:
+            is_long = are_long(plan.micro_batch_tokens, base.facts.hidden_size)
+            with quiet(long_rows=is_long), Heartbeat(world, run.train, end or _end) as heart:
                 heart.at("the roll call")
                 roll.call(recipe, run, data, world, devices.choose(plan.machine.device))
                 training = _Training(recipe, run, base, data, plan, meter, world, heart)

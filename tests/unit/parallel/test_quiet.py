@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.parallel.quiet import are_long, between_steps, quiet
 
 #: In a process of its own, whose C library always gives large arrays back: left to itself, it depends on what came before.
 FIXED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
@@ -46,6 +46,39 @@ def test_freed_memory_is_kept() -> None:
     assert before > pages / 2, "as it is, every step begins with new pages"
     assert inside < pages / 20
     assert after > pages / 2, "at the end it was given back"
+
+
+HOLES = """
+import json, sys
+import torch
+from fullrank.meter import resident_bytes
+from fullrank.parallel.quiet import quiet
+
+def a_pass(blocks):
+    kept = []
+    for _ in range(blocks):
+        inside = [torch.ones(6 << 20) for _ in range(3)]  # 24 MB each, while a block computes
+        kept.append(torch.ones(9 << 18))  # 9 MB, what enters the next one
+        del inside
+    return kept
+
+with quiet(long_rows=sys.argv[1] == "long"):
+    before = resident_bytes()
+    kept = a_pass(20)
+    print(json.dumps((resident_bytes() - before) / sum(one.nbytes for one in kept)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
+def test_long_rows_leave_no_holes() -> None:
+    """Twenty blocks' inputs take their own room, and not that of what came and went between them."""
+    command = [sys.executable, "-c", HOLES, "long"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **FIXED})
+    assert json.loads(done.stdout) <= 1.1
+
+
+def test_rows_are_long_by_what_enters_a_block() -> None:
+    assert not are_long(1024, 576) and are_long(4096, 576) and are_long(1024, 4096)
 
 
 def test_garbage_waits_for_the_end_of_a_step() -> None:
