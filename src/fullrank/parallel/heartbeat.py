@@ -114,17 +114,20 @@ class Heartbeat:
             is_master=False,
             timeout=datetime.timedelta(seconds=self._silence),
         )
-        heard: dict[int, tuple[bytes, float]] = {}
+        keys = [_key(rank) for rank in range(self._world.size)]
+        # A rank may die before its first beat: it is waited for from now on.
+        heard = {rank: (b"", time.monotonic()) for rank in range(self._world.size)}
         beats: dict[int, Beat] = {}
-        moved, moves = time.monotonic(), -1
-        number = 0
-        while not self._over.wait(BEAT_SECONDS):
+        moved, moves, number = time.monotonic(), -1, 0
+        while True:
             number += 1
             mine = Beat(self._step, self._phase, self._moves, socket.gethostname(), os.getpid())
             try:
                 store.set(_key(self._world.rank), json.dumps([number, vars(mine)]))
-                keys = [_key(rank) for rank in range(self._world.size)]
-                told = store.multi_get(keys) if store.check(keys) else []
+                if store.check(keys):
+                    told = store.multi_get(keys)
+                else:
+                    told = [store.get(key) if store.check([key]) else b"" for key in keys]
                 seen = store.get(_SEEN).decode() if store.check([_SEEN]) else ""
             except (RuntimeError, OSError) as error:  # the store is gone, and with it the launcher or the first rank
                 self._leave(f"rank {self._world.rank} reaches the others no more: {error}")
@@ -134,7 +137,7 @@ class Heartbeat:
                 if words == _GONE:
                     heard.pop(rank, None)
                     beats.pop(rank, None)
-                elif rank not in heard or heard[rank][0] != words:
+                elif words and rank in heard and heard[rank][0] != words:
                     heard[rank] = (words, now)
                     beats[rank] = Beat(**json.loads(words)[1])
             total = sum(beat.moves for beat in beats.values())
@@ -146,6 +149,8 @@ class Heartbeat:
                     store.set(_SEEN, seen)
                 self._leave(seen)
                 return
+            if self._over.wait(BEAT_SECONDS):
+                break
         with contextlib.suppress(RuntimeError, OSError):
             store.set(_key(self._world.rank), _GONE.decode())  # nobody need wait for this one
 
@@ -153,7 +158,8 @@ class Heartbeat:
         silent = [rank for rank, (_, when) in heard.items() if now - when > self._silence]
         if silent:
             rank = silent[0]
-            return f"rank {rank} has been silent for {now - heard[rank][1]:.0f} s ({beats[rank].words})"
+            last = beats[rank].words if rank in beats else "it never said anything"
+            return f"rank {rank} has been silent for {now - heard[rank][1]:.0f} s ({last})"
         patience = max(self._standstill, _TIMES_LONGER * self._longest_phase)
         if beats and now - moved > patience:
             behind = min(beats, key=lambda rank: (beats[rank].moves, rank))
