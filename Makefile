@@ -5,6 +5,7 @@
 #   make check                 lint, types, layers       make test-lowest   lowest declared transformers (and torch)
 #   make bench-speed TEXT=DIR  steps beside TRL's and transformers', in an environment of their own; DIR holds the data sets
 #   make bench-memory TEXT=DIR bytes a parameter, exactness, time and quality of every optimizer and place to wait
+#   make bench-distributed     ranks of this CPU beside one process: equality, memory, ranks that die, exports, scaling
 #
 # PYTHON=python3.12                   another interpreter
 # TORCH_INDEX=URL                     fetch torch from this index, such as the CPU-only one that pytorch.org's installer names
@@ -18,7 +19,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS = gguf,rouge,report,data
 SETTINGS = pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-all test-lowest check format bench-quickstart bench-speed bench-memory clean
+.PHONY: quickstart test test-all test-lowest check format bench-quickstart bench-speed bench-memory bench-distributed clean
 
 quickstart: $(VENV)/.installed
 	@echo "environment: $(VENV)"
@@ -50,6 +51,10 @@ bench-speed: $(VENV)/.installed-dev $(PEER)/.installed
 
 bench-memory: $(VENV)/.installed-dev $(PEER)/.installed
 	$(BIN)/python benchmarks/memory.py --text $(TEXT) --peer $(PEER)/bin/python
+
+bench-distributed: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/distributed.py
+	$(BIN)/python benchmarks/scaling.py
 
 test-lowest:
 	$(PYTHON) tests/lowest.py
