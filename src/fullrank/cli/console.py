@@ -1,6 +1,7 @@
 """What a person sees while a run works: a live line on a terminal, plain lines elsewhere, and the result at the end.
 
-Progress goes to standard error, results to standard output, so that `--json` leaves one object alone on standard output.
+Progress goes to standard error, results to standard output, so that `--json` leaves one object alone on standard output. What
+libraries print while a workflow runs is no result and goes to standard error, too.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from types import TracebackType
 from typing import Any
 
@@ -45,8 +47,10 @@ class Console:
         self._task: Any = None
         self._last_line = 0.0
         self._step_seconds = _Average()
+        self._prints = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> Console:
+        self._prints.__enter__()
         if self._live:
             self._bar.start()
         return self
@@ -54,6 +58,7 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._bar.stop()
+        self._prints.__exit__(kind, error, trace)
 
     def hear(self, event: str, facts: dict[str, Any]) -> None:
         """Prints an event of a run, if a person should know."""
