@@ -24,7 +24,7 @@ def main() -> None:
     import torch
 
     from fullrank.cli.app import main as fullrank
-    from fullrank.models.flops import needed_flops
+    from fullrank.models.flops import Products
     from fullrank.parallel.device import best_product_rate
     from fullrank.parallel.single import SingleDevice
     from fullrank.train import stage
@@ -40,7 +40,7 @@ def main() -> None:
     def counting(self: Any, micro_batches: Any, *rest: Any, **named: Any) -> Any:
         rows = list(micro_batches)
         outcome = step(self, rows, *rest, **named)
-        needed.append(sum(needed_flops(self.rows, row) for row in rows))
+        needed.append(sum(Products.of(self.rows.model).needed(row) for row in rows))
         return outcome
 
     stage._Training._write_row = marking  # type: ignore[method-assign]

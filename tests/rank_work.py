@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fullrank.models.attention import attend
 from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.rows import RowModel
 from fullrank.models.source import resolve
-from fullrank.parallel import ring
+from fullrank.parallel import ring, traffic
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.groups import freeze
@@ -192,6 +193,19 @@ def exported(world: World, asked: Asked, folder: str, base: str) -> dict[str, An
         folder=Path(folder),
     )
     return {"unchanged": unchanged, "digests": digests}
+
+
+def watched_sum(world: World, seconds: float) -> dict[str, float]:
+    """Seconds of a sum over ranks, before which all but the first compute."""
+
+    def work() -> None:
+        numbers, started = torch.ones(300, 300), time.monotonic()
+        while world.rank and time.monotonic() - started < seconds:
+            numbers = (numbers @ numbers).tanh()
+        world.wait()
+
+    world.wait()
+    return asdict(traffic.watched(torch.device("cpu"), work))
 
 
 # ---- ring attention ---------------------------------------------------------------------------------------------------

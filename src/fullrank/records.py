@@ -556,6 +556,18 @@ class MemoryPart(Record):
     """None where it cannot be told apart."""
 
 
+class RankTime(Record):
+    """What one of several ranks does in a step, mean."""
+
+    rank: int
+    computed_tokens: float
+    computing_seconds: float
+    communicating_seconds: float
+    """A collective or a message is under way, or waited for (`fullrank.parallel.traffic`)."""
+    exposed_seconds: float
+    """Of those, during which this rank computes nothing."""
+
+
 class Profile(Record):
     """`profile.json`: where the time and the memory of a step go."""
 
@@ -597,6 +609,10 @@ class Profile(Record):
     peak_bytes_planned: int
     peak_bytes: int
     """Of the process; of the device, where tensors live on an accelerator."""
+    ranks: list[RankTime]
+    """Of several; empty for one process. Seconds by phase and module are the first one's."""
+    balance: float | None
+    """Mean tokens of a rank over those of the rank with most, mean of the steps; None for one process."""
     advice: list[str]
     """What to change."""
 

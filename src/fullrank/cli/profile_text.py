@@ -36,6 +36,7 @@ def profile_text(found: Profile) -> str:
         f"computed of {format_count(found.separate_tokens)} (ratio {shared:.2f} shared), "
         f"{format_count(found.padded_tokens)} if padded (ratio {spared:.2f} avoided)",
         f"  logits: at {format_count(found.predictions)} of {format_count(found.computed_tokens)} positions",
+        *_ranks(found),
         "",
         "  memory             planned  measured",
         *(_memory(part.part, part.planned_bytes, part.measured_bytes) for part in found.memory),
@@ -45,6 +46,23 @@ def profile_text(found: Profile) -> str:
         *(f"  - {words}" for words in found.advice),
     ]
     return "\n".join(lines)
+
+
+def _ranks(found: Profile) -> list[str]:
+    if found.balance is None:
+        return []
+    hidden_nowhere = min(rank.exposed_seconds for rank in found.ranks) / found.step_seconds
+    return [
+        "",
+        "  rank    tokens  computing  communicating  not hidden   (seconds a step; waiting for other ranks is communicating)",
+        *(
+            f"  {rank.rank:4}{rank.computed_tokens:10,.0f}{rank.computing_seconds:11.3f}{rank.communicating_seconds:15.3f}"
+            f"{rank.exposed_seconds:12.3f}"
+            for rank in found.ranks
+        ),
+        f"  balance {found.balance:.2f}: mean tokens of a rank over those of the one with most; communication that no rank hides "
+        f"is {hidden_nowhere:.2f} of a step",
+    ]
 
 
 def _short(seconds: float) -> str:

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fullrank.models.attention import windows_of
-from fullrank.models.rows import RowModel
 from fullrank.sequences.layout import MicroBatch
 
 #: How configurations name the experts that a token visits.
@@ -79,11 +78,6 @@ class Products:
     def needed(self, batch: MicroBatch) -> int:
         """Operations of a row's forward and backward pass."""
         return self.in_blocks(batch) + 6 * self.head * int(torch.unique(batch.predicting_S).numel())
-
-
-def needed_flops(rows: RowModel, batch: MicroBatch) -> int:
-    """Operations of a row's forward and backward pass."""
-    return Products.of(rows.model).needed(batch)
 
 
 def _pairs(batch: MicroBatch, window: int | None) -> int:

@@ -1,11 +1,12 @@
 """Who among the ranks still lives, and what each is at: a rank that falls silent or stands still is named, and all of them end.
 
 Ranks compute together, so one that died or hangs makes all the others wait, in a collective that says nothing. Here each rank
-tells a store that all of them reach, every other second, which step and phase it is in; and each looks at what the others tell. A
-rank that has told nothing for `silence_seconds` is dead or stopped. One that lives, but has been in the same phase for
-`standstill_seconds` while no rank got anywhere, hangs: of those, the rank that is furthest behind is named, since the others wait
-for it. Whoever sees it first says so in the store; then every rank writes the stacks of its threads beside the run and ends, and
-the launcher ends those that cannot.
+tells a store that all of them reach, every other second, which step and phase it is in. The first rank looks at what all others
+tell, and these look at what it tells, so that the store is asked as often as there are ranks, and not the square of it. A rank
+that has told nothing for `silence_seconds` is dead or stopped. One that lives, but has been in the same phase for
+`standstill_seconds` while no rank got anywhere, hangs: of those, the first rank names the one that is furthest behind, since the
+others wait for it. Who sees it says so in the store; then every rank writes the stacks of its threads beside the run and ends,
+and the launcher ends those that cannot.
 
 It promises no more than to name and to end. What continues is the last checkpoint.
 """
@@ -114,9 +115,10 @@ class Heartbeat:
             is_master=False,
             timeout=datetime.timedelta(seconds=self._silence),
         )
-        keys = [_key(rank) for rank in range(self._world.size)]
+        watched = range(self._world.size if self._world.is_first else 1)
+        keys = [_key(rank) for rank in watched]
         # A rank may die before its first beat: it is waited for from now on.
-        heard = {rank: (b"", time.monotonic()) for rank in range(self._world.size)}
+        heard = {rank: (b"", time.monotonic()) for rank in watched}
         beats: dict[int, Beat] = {}
         moved, moves, number = time.monotonic(), -1, 0
         while True:
@@ -161,7 +163,7 @@ class Heartbeat:
             last = beats[rank].words if rank in beats else "it never said anything"
             return f"rank {rank} has been silent for {now - heard[rank][1]:.0f} s ({last})"
         patience = max(self._standstill, _TIMES_LONGER * self._longest_phase)
-        if beats and now - moved > patience:
+        if self._world.is_first and beats and now - moved > patience:
             behind = min(beats, key=lambda rank: (beats[rank].moves, rank))
             return f"no rank got anywhere for {now - moved:.0f} s, and rank {behind} is furthest behind ({beats[behind].words})"
         return ""

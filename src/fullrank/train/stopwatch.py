@@ -109,7 +109,7 @@ class Stopwatch:
         def hook(module: nn.Module, given: Any, out: Any) -> Any:
             self._end(name)
             if isinstance(module, nn.Linear):
-                forward = 2 * module.weight.numel() * (out.numel() // module.out_features)
+                forward = 2 * module.in_features * module.out_features * (out.numel() // module.out_features)
                 times = self._repeated if self._phase == "backward" else 3  # once, and twice as much on the way back
                 self.products[name] = self.products.get(name, 0) + times * forward
             if isinstance(out, tuple):

@@ -62,6 +62,24 @@ def train(recipe: Recipe, run: Run, size: int) -> None:
     Raises:
         FullrankError: what a rank refused or met, by its own class; or naming the rank that ended otherwise.
     """
+    _on_ranks(recipe, run, size)
+
+
+def profile(recipe: Recipe, run: Run, size: int, steps: int) -> None:
+    """Starts `size` ranks here and profiles a planned run on them (`fullrank.train.profile`).
+
+    Raises:
+        FullrankError: as `train`.
+    """
+    _on_ranks(recipe, run, size, str(steps))
+
+
+def _on_ranks(recipe: Recipe, run: Run, size: int, *more: str) -> None:
+    """Starts ranks, which do what `main` is told.
+
+    Raises:
+        FullrankError: what a rank refused or met, by its own class; or naming the rank that ended otherwise.
+    """
     with tempfile.TemporaryDirectory(prefix="fullrank-") as folder, _Line(Path(folder) / "socket", run) as line:
         config = LaunchConfig(
             min_nodes=1,
@@ -77,7 +95,7 @@ def train(recipe: Recipe, run: Run, size: int) -> None:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said better below
         with _environment(recipe, size, line.path):
             try:
-                elastic_launch(config, sys.executable)("-m", "fullrank.workflows.launch", str(run.root))
+                elastic_launch(config, sys.executable)("-m", "fullrank.workflows.launch", str(run.root), *more)
             except ChildFailedError as failed:
                 line.close()
                 if not line.errors:
@@ -200,8 +218,8 @@ class _Line:
 # ---- in a rank ------------------------------------------------------------------------------------------------------------
 
 
-def main(root: str) -> int:
-    """Trains as one rank of a planned run; returns the exit code."""
+def main(root: str, steps: str = "") -> int:
+    """Trains as one rank of a planned run, or profiles so many of its steps; returns the exit code."""
     world = told()
     assert world is not None, "started by `train`"
     with socket.socket(socket.AF_UNIX) as line:
@@ -212,7 +230,10 @@ def main(root: str) -> int:
         run = Run(root, say.event if world.is_first else None, tells=world.is_first)
         try:
             recipe = load(run.recipe_path, need_files=False).recipe
-            train_as(recipe, run, world, lambda seen: _end(say, run, seen))
+            if steps:
+                profile_as(recipe, run, world, int(steps))
+            else:
+                train_as(recipe, run, world, lambda seen: _end(say, run, seen))
         except Stopped as error:
             if world.is_first:
                 say.error(error)
@@ -254,6 +275,21 @@ def train_as(recipe: Recipe, run: Run, world: World, end: Callable[[str], None] 
         gc.collect()  # what still holds the ranks' groups, before they go
 
 
+def profile_as(recipe: Recipe, run: Run, world: World, steps: int) -> None:
+    """Profiles as one of the ranks there are.
+
+    Raises:
+        FullrankError: whatever setting up refuses.
+    """
+    from fullrank.train import profile as profiles
+
+    described = describe(recipe, lambda words: None)
+    with joined(world, described.recipe.machine.device, patience_seconds=PATIENCE_SECONDS):
+        profiles.profile(described.recipe, run, described.base, steps, world)
+        forget_groups()
+        gc.collect()  # what still holds the ranks' groups, before they go
+
+
 def _obey(line: socket.socket) -> None:
     """A request to stop is what a signal to this process would be."""
     with contextlib.suppress(OSError):
@@ -286,7 +322,7 @@ class _Say:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
+    code = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # after an error, threads of the ranks' groups may be waiting for others, and would hold this process

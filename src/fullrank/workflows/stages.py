@@ -16,7 +16,6 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,9 +24,9 @@ import yaml
 from fullrank.data import stage as data_stage
 from fullrank.errors import UsageError
 from fullrank.loading import LoadedRecipe, differences, dump
-from fullrank.recipe import Parallel, Recipe
+from fullrank.recipe import Recipe
 from fullrank.records import DataCard, EvaluationCard, Plan, Profile, Score, StageRecord, TrainCard
-from fullrank.run import Listener, Run, read_record, write_text
+from fullrank.run import Listener, Run, need_record, read_record, write_text
 from fullrank.workflows.described import Described, describe
 
 if TYPE_CHECKING:
@@ -89,18 +88,31 @@ def _run_among_ranks(last: StageName, loaded: LoadedRecipe, runs_dir: Path, list
 
 
 def profile(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = None, *, steps: int) -> tuple[Run, Profile]:
-    """Plans a recipe for one process and times some of its steps; nothing is trained."""
+    """Plans a recipe and times some of its steps, on the ranks it asks for; nothing is trained.
+
+    Raises:
+        UsageError: another launcher has started ranks already.
+    """
+    if "RANK" in os.environ:
+        raise UsageError(
+            "fullrank profile starts its ranks itself, and a launcher has started this process as one",
+            hint="type it without the launcher; parallel.ranks says how many",
+        )
     told = describe(loaded.recipe, lambda words: listener("note", {"words": words}) if listener else None)
     with opened(loaded, told.recipe, runs_dir, listener) as run:
         from fullrank.parallel.world import ALONE
         from fullrank.train.profile import profile as profiled
+        from fullrank.workflows import launch
 
-        alone = told.recipe.model_copy(update={"parallel": Parallel()})
-        told = replace(told, recipe=alone)
         for name in STAGES[: STAGES.index("plan") + 1]:
-            _run_stage(name, told, run, ALONE)
-
-        return run, profiled(told.recipe, run, told.base, steps)
+            _run_stage(name, told, run)
+        if (size := launch.world_here(told.recipe).size) > 1:
+            launch.profile(told.recipe, run, size, steps)
+        elif told.recipe.parallel.engine != "auto":
+            launch.profile_as(told.recipe, run, ALONE, steps)
+        else:
+            profiled(told.recipe, run, told.base, steps)
+        return run, need_record(run.profile_path, Profile, "profile")
 
 
 def prepare_data(loaded: LoadedRecipe, told: Described, runs_dir: Path, listener: Listener | None = None) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fullrank.cli.profile_text import profile_text
-from fullrank.records import MemoryPart, ModuleTime, Profile
+from fullrank.records import MemoryPart, ModuleTime, Profile, RankTime
 
 
 def module(name: str, ratio: float, **facts: Any) -> ModuleTime:
@@ -39,6 +39,8 @@ FOUND = Profile(
     ],
     peak_bytes_planned=3_000_000_000,
     peak_bytes=3_100_000_000,
+    ranks=[],
+    balance=None,
     advice=["do this", "then that"],
 )
 
@@ -54,4 +56,18 @@ def test_it_tells_the_figures() -> None:
     assert any("600 tokens computed of 1,000 (ratio 0.40 shared), 1,500 if padded (ratio 0.60 avoided)" in line for line in lines)
     assert "weights 538 MB 538 MB" in lines and "process 510 MB" in lines and "peak 3 GB 3.1 GB" in lines
     assert lines[-2:] == ["- do this", "- then that"]
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_ranks_are_told_of_where_there_are_several() -> None:
+    assert "rank" not in profile_text(FOUND)
+    seconds = [(0.7, 0.5, 0.45), (1.0, 0.3, 0.25)]
+    ranks = [
+        RankTime(rank=n, computed_tokens=300, computing_seconds=a, communicating_seconds=b, exposed_seconds=c)
+        for n, (a, b, c) in enumerate(seconds)
+    ]
+    text = profile_text(FOUND.model_copy(update={"ranks": ranks, "balance": 0.875}))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "0 300 0.700 0.500 0.450" in lines and "1 300 1.000 0.300 0.250" in lines
+    assert any(line.startswith("balance 0.88:") and line.endswith("is 0.20 of a step") for line in lines)
     assert max(map(len, text.splitlines())) <= 130

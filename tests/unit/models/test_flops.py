@@ -10,8 +10,7 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fullrank.models.flops import needed_flops
-from fullrank.models.rows import RowModel
+from fullrank.models.flops import Products
 from fullrank.sequences.layout import row_of
 from fullrank.sequences.store import Example
 
@@ -34,16 +33,17 @@ def test_products_are_those_that_torch_counts(tmp_path: Path, family: str) -> No
     batch = row_of([(0, Example(ids, np.ones(T + 1, np.bool_)))], shared=True)
     windows = {"gemma3": (tiny.WINDOW, T)}.get(family, (T, T))
     pairs = sum(min(n + 1, window) for window in windows for n in range(T))
-    assert needed_flops(RowModel(model), batch) == counted + 12 * WIDTH * pairs
+    assert Products.of(model).needed(batch) == counted + 12 * WIDTH * pairs
 
 
 def test_what_is_shared_or_predicts_nothing_is_not_counted() -> None:
-    rows = RowModel(tiny.model("llama"))
+    model = tiny.model("llama")
+    products = Products.of(model)
     prompt = np.arange(12)
     examples = [Example(np.concatenate([prompt, [20 + n, 30]]), np.arange(14) == 13) for n in range(2)]
-    apart = needed_flops(rows, row_of(list(enumerate(examples)), shared=False))
-    together = needed_flops(rows, row_of(list(enumerate(examples)), shared=True))
-    block = sum(p.numel() for name, p in rows.model.model.layers[0].named_parameters() if p.ndim == 2)
+    apart = products.needed(row_of(list(enumerate(examples)), shared=False))
+    together = products.needed(row_of(list(enumerate(examples)), shared=True))
+    block = sum(p.numel() for name, p in model.model.layers[0].named_parameters() if p.ndim == 2)
     keys_and_values = 2 * 16 * 32
     saved = 6 * 12 * (block + keys_and_values) + 12 * WIDTH * 2 * sum(range(1, 13))  # of the first block, and of the last
     assert apart - together == saved
