@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from measure import measure, must
@@ -35,7 +35,9 @@ from safetensors.numpy import load_file
 
 from fullrank.models.embedded import folder_of
 from fullrank.models.source import load_config, resolve
+from fullrank.parallel.fsdp2 import Sync
 from fullrank.parallel.groups import shapes_of
+from fullrank.parallel.zero_settings import settings_of
 from fullrank.plan.memory import Division, Row, ledger, total
 from fullrank.recipe import Model, Recipe
 from fullrank.run import read_json_lines
@@ -49,6 +51,17 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2, 4 ranks": (4, {}),
     "fsdp2, 2 ranks, summed after every row": (2, {"sync": "row"}),
     "fsdp2, 4 ranks, 2 replicas": (4, {"recipe": {"parallel": {"replicas": 2}}}),
+    "ring, 2 ranks": (2, {"recipe": {"parallel": {"context": 2}}}),
+    "fsdp2 x ring, 2 x 2 ranks": (4, {"recipe": {"parallel": {"context": 2}}}),
+    **{
+        f"zero-{stage}, 2 ranks": (2, {"recipe": {"parallel": {"engine": "deepspeed", "zero_stage": stage}}})
+        for stage in (1, 2, 3)
+    },
+}
+#: name -> (ranks, when gradients are summed, section `parallel`)
+DIVIDED: dict[str, tuple[int, Sync, dict[str, Any]]] = {
+    **{f"fsdp2, {ranks} ranks, summed once a {sync}": (ranks, sync, {}) for ranks in (2, 4) for sync in get_args(Sync)},
+    **{f"zero-3, {ranks} ranks": (ranks, "row", {"engine": "deepspeed", "zero_stage": 3}) for ranks in (2, 4)},
 }
 NAMED_SECONDS = 30.0
 KILLS = 30
@@ -150,34 +163,32 @@ def memory() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     shapes = shapes_of(load_config(folder), [])
     figures: dict[str, Any] = {"model": MODEL, "rows": 4, "row_tokens": 256, "recompute": "block"}
     targets = []
-    for ranks in (2, 4):
-        for sync in ("step", "row"):
-            rows = 4 // ranks if sync == "step" else 1
-            tree = {"name": "distributed", "model": {"source": MODEL}, "data": {"train": "none"}}
-            recipe = Recipe.model_validate(tree | {"train": {"precision": "fp32"}})
-            found = _asked(ranks, model=str(folder), rows=4, row_tokens=256, sync=sync, steps=3)
-            peak = max(rank["trained"] for rank in found["ranks"])
-            lines = ledger(
-                facts,
-                shapes,
-                Row(256, 128, 4 * 256),
-                recipe,
-                recompute="block",
-                process_bytes=max(rank["process"] for rank in found["ranks"]),
-                eager=False,
-                device="cpu",
-                division=Division(ranks, sync, rows),  # type: ignore[arg-type]
-            )
-            name = f"{ranks} ranks, summed once a {sync}"
-            figures[name] = {
-                "peak_bytes": peak,
-                "planned_bytes": total(lines),
-                "ledger": {line.part: line.bytes for line in lines},
-                "step_seconds": found["seconds"][-1],
-            }
-            print(f"{name}: {peak / 1e9:.2f} GB, {total(lines) / 1e9:.2f} planned", flush=True)
-            apart = abs(peak / total(lines) - 1)
-            targets.append(target(f"{name}: peak of a rank beside its ledger", 0.1, apart, "ratio", at_most=True))
+    for name, (ranks, sync, parallel) in DIVIDED.items():
+        tree = {"name": "distributed", "model": {"source": MODEL}, "data": {"train": "none"}, "parallel": parallel}
+        recipe = Recipe.model_validate(tree | {"train": {"precision": "fp32"}})
+        found = _asked(ranks, model=str(folder), rows=4, row_tokens=256, sync=sync, steps=3, recipe={"parallel": parallel})
+        peak = max(rank["trained"] for rank in found["ranks"])
+        zero = settings_of(recipe, ranks)["zero_optimization"] if parallel else None
+        lines = ledger(
+            facts,
+            shapes,
+            Row(256, 128, 4 * 256),
+            recipe,
+            recompute="block",
+            process_bytes=max(rank["process"] for rank in found["ranks"]),
+            eager=False,
+            device="cpu",
+            division=Division(ranks, sync, 4 // ranks if sync == "step" else 1, zero=zero),
+        )
+        figures[name] = {
+            "peak_bytes": peak,
+            "planned_bytes": total(lines),
+            "ledger": {line.part: line.bytes for line in lines},
+            "step_seconds": found["seconds"][-1],
+        }
+        print(f"{name}: {peak / 1e9:.2f} GB, {total(lines) / 1e9:.2f} planned", flush=True)
+        apart = abs(peak / total(lines) - 1)
+        targets.append(target(f"{name}: peak of a rank beside its ledger", 0.1, apart, "ratio", at_most=True))
     return figures, targets
 
 

@@ -31,9 +31,13 @@ from fullrank.models.rows import RowModel
 from fullrank.models.source import resolve
 from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.quiet import between_steps, quiet
+from fullrank.parallel.ring import ring_of
 from fullrank.parallel.sharded import load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import ALONE, World, joined, told
+from fullrank.parallel.zero import Zero
+from fullrank.parallel.zero_settings import settings_of
+from fullrank.parallel.zeroed import deepspeed_for, load_zeroed
 from fullrank.recipe import Model, Recipe
 from fullrank.sequences.layout import MicroBatch, dealt, row_of
 from fullrank.sequences.store import Example
@@ -69,6 +73,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if world is not None:
             stack.enter_context(joined(world, "cpu", patience_seconds=3600))
+        if world is not None and request.recipe.get("parallel", {}).get("engine") == "deepspeed":
+            deepspeed_for("cpu", world)  # before types change their names
         if request.dtype == "float64":
             stack.enter_context(_everything_double())
         found = answer(request, world)
@@ -106,15 +112,21 @@ def answer(request: Request, ranks: World | None) -> dict[str, Any] | None:
         if ranks is None:
             model = load_model(folder, device=torch.device("cpu"), dtype=dtype)
             engine = SingleDevice(RowModel(model), recipe.train, recompute=request.recompute)
+        elif recipe.parallel.engine == "deepspeed":
+            zeroed = load_zeroed(folder, world, settings_of(recipe, world.size), device=torch.device("cpu"), dtype=dtype)
+            model = zeroed.model
+            rows = RowModel(model, entry=zeroed.engine)
+            engine = Zero(rows, recipe.train, zeroed=zeroed, recompute=request.recompute)
         else:
             mesh = mesh_of(world, recipe.parallel.replicas, "cpu")
             model = load_sharded(folder, mesh, dtype=dtype, compute_type=None)
-            rows, sync = RowModel(model), request.sync
+            rows, sync = RowModel(model, ring=ring_of(world, recipe.parallel.context, "cpu")), request.sync
             engine = Fsdp2(rows, recipe.train, world=world, mesh=mesh, recompute=request.recompute, sync=sync)  # type: ignore[arg-type]
         vocabulary = model.config.get_text_config().vocab_size
+        context = recipe.parallel.context
         for step in range(request.steps):
             laid_out = _rows(request, step, vocabulary)
-            own = dealt(laid_out, world.size)[world.rank]
+            own = dealt(laid_out, world.size // context)[world.rank // context]
             started = time.perf_counter()
             supervised = sum(row.supervised_tokens for row in laid_out)
             outcome = engine.step(own, supervised, learning_rate=recipe.train.optimizer.learning_rate, seed=step)
@@ -133,7 +145,6 @@ def answer(request: Request, ranks: World | None) -> dict[str, Any] | None:
     if not world.is_first:
         return None
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
         "largest_tensor_bytes": max(p.numel() for p in model.parameters()) * dtype.itemsize,
         "losses": losses,
         "grad_norms": norms,
@@ -153,7 +164,7 @@ def _rows(request: Request, step: int, vocabulary: int) -> list[MicroBatch]:
 
 
 def _write(engine: SingleDevice, path: Path, world: World) -> None:
-    pairs = engine.whole_weights() if isinstance(engine, Fsdp2) else engine.weights().items()
+    pairs = engine.whole_weights() if isinstance(engine, Fsdp2 | Zero) else engine.weights().items()
     kept = {name: tensor.detach().clone() for name, tensor in pairs if world.is_first}
     if world.is_first:
         save_file(kept, path)
