@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "data.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("data", "speed", "memory", "parallel", "simulate")))
 _BLOCK = re.compile(r"(<!-- figures: benchmarks/quote.py (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -146,6 +146,78 @@ GSM8K, {figures["examples"]} examples, {figures["seeds"]} seeds: the validation 
 and its difference from fp32 AdamW's, seed by seed ([results](../benchmarks/results/memory-quality.json)):
 
 | way | validation losses | mean difference |
+|---|---|---|
+{rows}
+"""
+
+
+def distributed_equal() -> str:
+    """Losses and weights of several ranks beside those of one process."""
+    figures = _results("distributed-equal")["figures"]
+    ways = [name.removesuffix(", float64") for name in figures if name.endswith(", float64")]
+    rows = "\n".join(
+        f"| {way} | {figures[f'{way}, float64']['losses']:.0e} | {figures[f'{way}, float64']['weights']:.0e} "
+        f"| {figures[f'{way}, float32']['losses_first_10']:.0e} | {figures[f'{way}, float32']['losses']:.0e} "
+        f"| {figures[f'{way}, float32']['weights']:.0e} |"
+        for way in ways
+    )
+    return f"""
+Largest relative differences from one process, of any step's loss and of any final tensor, over {figures["steps"]} steps with a learning rate of
+{figures["learning_rate"]:.0e} ({figures["model"]}; [results](../benchmarks/results/distributed-equal.json)):
+
+| ranks of a CPU | float64: losses | weights | fp32: losses of 10 steps | of all | weights |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
+def distributed_memory() -> str:
+    """Peaks of ranks beside their ledger."""
+    figures = _results("distributed-memory")["figures"]
+    rows = "\n".join(
+        f"| {name} | {found['planned_bytes'] / 1e9:.2f} | {found['peak_bytes'] / 1e9:.2f} |"
+        for name, found in figures.items()
+        if isinstance(found, dict)
+    )
+    return f"""
+Memory of a rank at its peak, SmolLM2-135M in fp32, {figures["rows"]} rows of {figures["row_tokens"]} tokens a step
+([results](../benchmarks/results/distributed-memory.json)):
+
+| ranks of a CPU | planned, GB | measured, GB |
+|---|---|---|
+{rows}
+"""
+
+
+def distributed_kills() -> str:
+    """Ranks that were killed or stopped."""
+    figures = _results("distributed-kills")["figures"]
+    struck = figures["struck"]
+    told = []
+    for how, words in (("SIGKILL", "killed"), ("SIGSTOP", "stopped")):
+        seconds = [one["seconds"] for one in struck if one["how"] == how]
+        told.append(f"{len(seconds)} times {words}: at most {max(seconds):.0f} s until it was named and all were gone")
+    continued = sum(one["same_weights"] for one in struck)
+    return f"""
+One of two ranks struck at random moments, {told[0]}; {told[1]}. The run was continued to the weights of one that nobody touched, bit by bit, \
+{continued} times of {len(struck)} ([results](../benchmarks/results/distributed-kills.json)).
+"""
+
+
+def distributed_scaling() -> str:
+    """A simulation of this machine beside what its ranks did."""
+    results = _results("distributed-scaling")
+    figures, machine = results["figures"], results["machine"]
+    rows = "\n".join(
+        f"| {ranks} | {found['measured_step_seconds']:.2f} | {found['simulated_step_seconds']:.2f} |"
+        for ranks, found in figures.items()
+        if isinstance(found, dict) and "measured_step_seconds" in found
+    )
+    return f"""
+Ranks of {machine["cores"]} cores ({machine["processor"]}), which they share, beside the simulation of `this-machine`: SmolLM2-135M in fp32, {figures["batch"]} examples
+a step ([results](../benchmarks/results/distributed-scaling.json)):
+
+| ranks | measured, seconds a step | simulated |
 |---|---|---|
 {rows}
 """
@@ -303,6 +375,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "memory-time": memory_time,
     "memory-longest": memory_longest,
     "memory-quality": memory_quality,
+    "distributed-equal": distributed_equal,
+    "distributed-memory": distributed_memory,
+    "distributed-kills": distributed_kills,
+    "distributed-scaling": distributed_scaling,
     "data-planted": data_planted,
     "data-speed": data_speed,
     "speed-line": speed_line,
