@@ -23,11 +23,12 @@ from fullrank.models.load import attention_for, drops
 from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel.groups import Shapes, shapes_of
 from fullrank.parallel.world import World
+from fullrank.parallel.zero_settings import settings_of
 from fullrank.plan import memory, simulate
 from fullrank.plan.layouts import Choice, Ground, Looks, choices
 from fullrank.plan.machine import USABLE_SHARE
 from fullrank.plan.stage import engine_of
-from fullrank.recipe import Parallel, Recipe
+from fullrank.recipe import Recipe
 from fullrank.records import Cluster, MachineFacts, ModelFacts, SimulatedRow, Simulation
 from fullrank.run import Run
 from fullrank.sequences.layout import dealt
@@ -124,9 +125,8 @@ def simulation(subject: Subject, cluster: Cluster, *, most: int, hybrid: bool = 
 def _row(subject: Subject, cluster: Cluster, devices: int, scaling: Scaling, hybrid: bool) -> SimulatedRow:
     replicas = simulate.nodes_of(cluster, devices) if hybrid else 1
     replicas = replicas if devices % replicas == 0 else 1
-    recipe = subject.recipe.model_copy(
-        update={"parallel": Parallel(engine=subject.recipe.parallel.engine, ranks=devices, replicas=replicas)}
-    )
+    spread = subject.recipe.parallel.model_copy(update={"ranks": devices, "replicas": replicas, "context": 1})
+    recipe = subject.recipe.model_copy(update={"parallel": spread})
     here = simulate.ranks_of_a_node(cluster, devices)
     world = World(0, devices, 0, here)
     looks = subject.looks.among(devices) if scaling == "strong" else subject.looks
@@ -143,6 +143,7 @@ def _row(subject: Subject, cluster: Cluster, devices: int, scaling: Scaling, hyb
         world=world,
         replicas=replicas,
         engine=engine,
+        zero=settings_of(recipe, devices)["zero_optimization"] if engine == "deepspeed" else None,
     )
     choice = None
     for choice in choices(ground, recipe):
@@ -153,7 +154,7 @@ def _row(subject: Subject, cluster: Cluster, devices: int, scaling: Scaling, hyb
     times = devices if scaling == "weak" else 1
     steps = -(-subject.looks.order.steps // times)
     rounds, busy = _rounds(subject, looks, choice, devices if scaling == "strong" else 1)
-    timing = _timing(subject, cluster, recipe, choice, rounds, devices, replicas, divided=engine == "fsdp2") if fits else None
+    timing = _timing(subject, cluster, recipe, choice, rounds, ground) if fits else None
     seconds = timing.step if timing else None
     is_a_run = times <= subject.looks.order.steps  # else one step would hold more examples than all epochs
     hours = steps * seconds / 3600 if seconds is not None and is_a_run else None
@@ -218,15 +219,15 @@ def _timing(
     recipe: Recipe,
     choice: Choice,
     steps: Sequence[Sequence[simulate.Round]],
-    devices: int,
-    replicas: int,
-    *,
-    divided: bool,
+    ground: Ground,
 ) -> simulate.Timing:
     """Mean of the steps looked at."""
-    shapes, group = subject.shapes, devices // replicas
+    devices, divided = ground.world.size, ground.engine != "single"
+    shapes, group = subject.shapes, devices // ground.replicas
     weight, states = memory.weight_bytes(recipe), memory.states_bytes(shapes, recipe, group)
     waiting = states if recipe.machine.optimizer_states != "device" else 0
+    if ground.zero is not None and recipe.machine.optimizer_states == "host":  # gradients go there, and weights come back
+        waiting += 4 * shapes.trained_parameters // group
     if not divided:
         away = memory.elsewhere(
             subject.facts,
@@ -241,14 +242,15 @@ def _timing(
         simulate.timing(
             cluster,
             rounds,
-            _freight(subject, recipe, cluster.device_type),
+            _freight(subject, recipe, cluster.device_type, zero=ground.zero is not None),
             ranks=devices,
-            replicas=replicas,
+            replicas=ground.replicas,
             recomputes=choice.recompute in ("block", "offload"),
             sync=choice.sync,
             updated_bytes=shapes.trained_parameters / group * (2 * weight + 2 * 4) + 2 * states,
             waiting_bytes=waiting,
             passes=2 if not divided and memory.goes_twice(recipe) else 1,
+            whole_weights=ground.zero is not None and ground.zero["stage"] < 3,
         )
         for rounds in steps
     ]
@@ -257,9 +259,9 @@ def _timing(
     )
 
 
-def _freight(subject: Subject, recipe: Recipe, device_type: str) -> simulate.Freight:
+def _freight(subject: Subject, recipe: Recipe, device_type: str, *, zero: bool) -> simulate.Freight:
     shapes, blocks = subject.shapes, max(1, subject.facts.layers)
-    block_number, outside_number = memory.gathered_number_bytes(recipe, device_type)
+    block_number, outside_number = (4, 4) if zero else memory.gathered_number_bytes(recipe, device_type)
     return simulate.Freight(
         blocks=blocks,
         block_bytes=block_number * (shapes.parameters - shapes.outside) / blocks,
@@ -303,6 +305,10 @@ def _assumptions(subject: Subject, cluster: Cluster, hybrid: bool) -> list[str]:
     ]
     if hybrid:
         said.append("hybrid sharding: every node holds the model once (parallel.replicas = nodes)")
+    if recipe.parallel.engine == "deepspeed":
+        said.append("DeepSpeed: its buckets and what it prefetches are left out; weights and what is sent of them are fp32")
+    if recipe.parallel.context > 1:
+        said.append(f"parallel.context: {recipe.parallel.context} is left out; every device computes whole rows")
     if cluster.shares_node:
         said.append("ranks of a node share its compute, memory and links: more of them compute no faster")
     if recipe.train.optimizer.name == "muon":

@@ -19,8 +19,11 @@ and the last one's gradients travel, so that of each pass
 
     exposed = what nothing precedes + max(0, the rest - overlap x compute of the pass)
 
-Nothing precedes what is outside the blocks and the first block, and nothing follows the gradients of what is outside. A third of
-the needed operations are the forward pass's; recomputed blocks repeat theirs in the backward pass (`fullrank.models.flops`).
+Nothing precedes what is outside the blocks and the first block, and nothing follows the gradients of what is outside. ZeRO-3
+(Rajbhandari et al. 2020) is the same, its gradients summed once a row. ZeRO-1 and ZeRO-2 hold weights whole: no row gathers
+any, gradients are summed once a step (1) or a row (2), and updated weights are gathered at the end of a step, which nothing
+hides. A third of the needed operations are the forward pass's; recomputed blocks repeat theirs in the backward pass
+(`fullrank.models.flops`).
 
 Ranks compute rows side by side, and all wait for the longest (`fullrank.sequences.layout.dealt`). Updates read and write memory:
 weights and states both ways, gradients twice (for the norm, for the update).
@@ -142,6 +145,7 @@ def timing(
     updated_bytes: float,
     waiting_bytes: float,
     passes: int = 1,
+    whole_weights: bool = False,
 ) -> Timing:
     """A step's seconds.
 
@@ -156,6 +160,7 @@ def timing(
         updated_bytes: that a rank's update reads and writes.
         waiting_bytes: of a rank, that come from host memory and go back, each step.
         passes: backward passes through every block (`fullrank.plan.memory.goes_twice`).
+        whole_weights: whether every rank holds them (ZeRO-1, ZeRO-2); they are of the gradients' type.
     """
     share, group = share_of_node(cluster, ranks), ranks // replicas
     rate = cluster.flops_per_second * cluster.reached_ratio * share
@@ -166,7 +171,7 @@ def timing(
     def summed(bytes_: float) -> float:
         return ring(bytes_) + across_seconds(cluster, bytes_ / group, replicas, group)
 
-    block, outside = ring(freight.block_bytes), ring(freight.outside_bytes)
+    block, outside = (0.0, 0.0) if whole_weights else (ring(freight.block_bytes), ring(freight.outside_bytes))
     block_sum, outside_sum = summed(freight.block_gradient_bytes), summed(freight.outside_gradient_bytes)
     compute = communication = exposed = 0.0
     for number, row in enumerate(rounds, 1):
@@ -179,6 +184,9 @@ def timing(
         exposed += outside + block + (outside_sum if sums else 0.0)
         exposed += max(0.0, (freight.blocks - 1) * block - cluster.overlap_ratio * forward)
         exposed += max(0.0, later - cluster.overlap_ratio * backward)
+    if whole_weights:
+        updated = ring(freight.blocks * freight.block_gradient_bytes + freight.outside_gradient_bytes)
+        communication, exposed = communication + updated, exposed + updated
     update = updated_bytes / (cluster.memory_bytes_per_second * share)
     update += 2 * waiting_bytes / (cluster.host_bytes_per_second * share)
     return Timing(compute, communication, exposed, update)

@@ -140,6 +140,29 @@ def test_states_that_wait_in_host_memory_are_divided_too(case: Staged) -> None:
         assert row.update_seconds == pytest.approx(2 * states / row.devices, rel=0.05)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_has_the_plans_ledger_and_what_its_stage_sends(stage: int, case: Staged) -> None:
+    spread = {"engine": "deepspeed", "zero_stage": stage}
+    recipe = Recipe.model_validate(case.recipe.model_dump() | {"parallel": spread})
+    found = rows(simulation(subject(case, parallel=recipe.parallel), cluster(overlap_ratio=0.0), most=4), "weak")
+    n, most = case.base.facts.parameters, found[-1]
+    assert part(most, "optimizer") == pytest.approx(8 * n / 4, abs=8)  # AdamW's moments, of a quarter
+    weights = (1 if stage == 3 else 4) * n  # a quarter of the fp32 weights, or all of them
+    assert part(most, "weights") == pytest.approx(weights + n, abs=8)  # and a quarter of the master copy
+    assert most.sync == ("step" if stage == 1 else "row")
+    divided = rows(simulation(subject(case), cluster(overlap_ratio=0.0), most=4), "weak")[-1]
+    assert divided.communication_seconds and most.communication_seconds
+    assert most.communication_seconds == pytest.approx(divided.communication_seconds) or stage < 3
+    assert stage == 3 or most.communication_seconds < divided.communication_seconds
+
+
+def test_what_is_left_out_is_said(case: Staged) -> None:
+    recipe = Recipe.model_validate(case.recipe.model_dump() | {"parallel": {"context": 2}})
+    found = simulation(subject(case, parallel=recipe.parallel), cluster(), most=4)
+    assert any("parallel.context: 2 is left out" in words for words in found.assumptions)
+    assert found.rows == simulation(subject(case), cluster(), most=4).rows
+
+
 def test_the_last_number_of_devices_is_the_one_asked_for(case: Staged) -> None:
     assert [row.devices for row in rows(simulation(subject(case), cluster(), most=6), "strong")] == [1, 2, 4, 6]
     with pytest.raises(UsageError, match="--most: 2048 devices; allowed: 1 to 1,024"):
