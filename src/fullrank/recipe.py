@@ -442,6 +442,17 @@ class Task(Section):
         return pattern
 
 
+class Forgetting(Section):
+    """How forgetting is measured: on text that the base model writes by itself, and by a small general probe."""
+
+    texts: int = Field(default=64, ge=2, le=64)
+    """Texts that are drawn from the base model, each after a neutral beginning."""
+    tokens: int = Field(default=48, ge=1)
+    """Most new tokens of a text."""
+    seed: int = 0
+    """Of the draws. Runs with the same base model and seed are measured on the same texts."""
+
+
 class Evaluate(Section):
     """What is measured on the test data, with the base and with the tuned model."""
 
@@ -453,6 +464,8 @@ class Evaluate(Section):
     """What the *base* model is told, so that it is asked fairly: text before each prompt, or around it where it says {prompt}."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first `limit` records of each test set."""
+    forgetting: Forgetting | None = Forgetting()
+    """What the tuned model no longer is or knows, measured on what needs no data of yours; null leaves it out."""
 
     @field_validator("tasks")
     @classmethod

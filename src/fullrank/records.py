@@ -708,6 +708,47 @@ class TestScores(Record):
     """Share of answers that ended by themselves, for base and tuned."""
 
 
+class GroupScores(Record):
+    """Questions of the general probe, or a group of them, under both models."""
+
+    questions: int
+    base: Score
+    """Share whose right answer is the likeliest of four."""
+    tuned: Score
+    difference: Score
+    """tuned - base, resampled in pairs."""
+    loss_difference: Score
+    """Of the right answers, nats a token, tuned - base."""
+
+
+class BlockDrift(Record):
+    """How far a part of the model has moved."""
+
+    part: str
+    """`embeddings`, `block 0`, ..., `head and norms`."""
+    weights: float
+    """2-norm of what was added to its weights over that of the base's."""
+    states: float | None
+    """1 - mean cosine similarity of what comes out of it, token by token, in both models; None where nothing does."""
+
+
+class Forgotten(Record):
+    """What the tuned model no longer is or knows."""
+
+    texts: int
+    """That the base model wrote by itself."""
+    tokens: int
+    """Of these texts, which were drawn."""
+    kl: Score
+    """Forward KL divergence of the tuned model's predictions from the base's on them, nats a token; resampled by texts."""
+    loss_difference: Score
+    """Of these tokens, nats a token, tuned - base."""
+    probe: dict[str, GroupScores]
+    """By group of questions; `all` of them first."""
+    drift: list[BlockDrift]
+    """From the first block to the last."""
+
+
 class EvaluationCard(StageRecord):
     """What the base and the tuned model score on the same items."""
 
@@ -716,6 +757,8 @@ class EvaluationCard(StageRecord):
     tests: dict[str, TestScores]
     max_new_tokens: int
     base_was_instructed: bool
+    forgotten: Forgotten | None = None
+    """None where the recipe leaves it out, or an older version evaluated."""
 
 
 class Prediction(Record):

@@ -192,6 +192,14 @@ class Console:
                         f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
                     )
                 out.print(table)
+            if evaluated.forgotten is not None:
+                kl, probe = evaluated.forgotten.kl, evaluated.forgotten.probe["all"]
+                out.print(
+                    f"forgotten: {kl.value:.3f} nats a token from the base on its own text ({kl.low:.3f} to {kl.high:.3f}); "
+                    f"general probe {probe.base.value:.3f} -> {probe.tuned.value:.3f} ({probe.difference.low:+.3f} to "
+                    f"{probe.difference.high:+.3f})",
+                    soft_wrap=True,
+                )
         if trained is not None:
             p = trained.proof
             out.print(

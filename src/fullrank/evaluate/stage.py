@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fullrank.evaluate import metrics
+from fullrank.evaluate.forgetting import Asked
 from fullrank.evaluate.metrics import Items
 from fullrank.evaluate.statistics import interval, paired_difference
 from fullrank.generation.decode import greedy
@@ -24,7 +25,7 @@ from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.recipe import Recipe
-from fullrank.records import DataCard, EvaluationCard, Plan, Prediction, TestItem, TestScores, TrainCard
+from fullrank.records import DataCard, EvaluationCard, Forgotten, Plan, Prediction, TestItem, TestScores, TrainCard
 from fullrank.run import (
     Run,
     append_json_line,
@@ -71,6 +72,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
     with Meter() as meter, new_folder(run.evaluate) as folder:
         evaluation = _Evaluation(recipe, run, base, plan, stop_ids=data.stop_ids)
         measured = {who: evaluation.measure(who) for who in _WHO}
+        forgotten = evaluation.forgotten
         tests = {name: _compare({who: measured[who][name] for who in _WHO}) for name in measured["tuned"]}
         for who in _WHO:
             for name, result in measured[who].items():
@@ -83,6 +85,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
             tests=tests,
             max_new_tokens=recipe.evaluate.max_new_tokens,
             base_was_instructed=recipe.evaluate.base_instructions is not None,
+            forgotten=forgotten,
         )
         write_record(folder / "card.json", card)
     run.tell("finished", stage="evaluate", seconds=card.seconds)
@@ -144,6 +147,8 @@ class _Evaluation:
         self.tokenizer = load_tokenizer(run.model)  # as training had it, its chat template included
         self.renderer = ChatRenderer(self.tokenizer, recipe.data.template_date, recipe.model.source)
         self.items = {name: _test_items(recipe, run, name) for name in recipe.data.test}
+        self.forgotten: Forgotten | None = None
+        self._asked: Asked | None = None
 
     def measure(self, who: Who) -> dict[str, _Measured]:
         """Scores and predictions of a model by test set; the validation loss comes as a set of its own."""
@@ -151,7 +156,27 @@ class _Evaluation:
         # CPUs without bf16 units compute fp32 several times faster; the stored values are the same
         model = load_model(folder, device=self.device, dtype=torch.float32 if self.device.type == "cpu" else None)
         results = {name: self._test(model, who, name, items) for name, items in self.items.items()}
+        self._ask(model, who)
         return results | {VALIDATION: _Measured(self._validation(model, who), [])}
+
+    def _ask(self, model: PreTrainedModel, who: Who) -> None:
+        """What the base says and knows by itself, and what is left of it in the tuned model."""
+        wanted = self.recipe.evaluate.forgetting
+        if wanted is None:
+            return
+        self.run.show("measuring", who=who, test="what it writes and knows by itself")
+        if self._asked is None:
+            self._asked = Asked(
+                model,
+                self.base.facts.fingerprint,
+                self.renderer,
+                wanted,
+                stop_ids=self.stop_ids,
+                budget_tokens=self.budget_tokens,
+                texts_folder=self.run.root.parent / ".texts",
+            )
+        else:
+            self.forgotten = self._asked.against(model, self.base.folder, self.run.model)
 
     def _validation(self, model: PreTrainedModel, who: Who) -> dict[str, Items]:
         self.run.show("measuring", who=who, test=VALIDATION)

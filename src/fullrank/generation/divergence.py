@@ -22,7 +22,7 @@ from fullrank.errors import ModelError
 from fullrank.models.rows import RowModel
 from fullrank.sequences.head import Head, chunk_size
 from fullrank.sequences.layout import MicroBatch, micro_batches
-from fullrank.sequences.store import TokenStore
+from fullrank.sequences.store import Examples
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Remembered:
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, store: TokenStore, budget_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, store: Examples, budget_tokens: int) -> None:
         self._store, self._budget = store, budget_tokens
         self._states: dict[int, torch.Tensor] = {}
         """By example: hidden states [P, H] of the P places that predict a supervised token, or logits [P, V] without a head."""
@@ -100,7 +100,7 @@ class Remembered:
 
 
 def _predictions(
-    model: PreTrainedModel, store: TokenStore, budget_tokens: int
+    model: PreTrainedModel, store: Examples, budget_tokens: int
 ) -> Iterator[tuple[MicroBatch, torch.Tensor, Head | None]]:
     """(row, hidden states or logits of its distinct predictions, the head)."""
     rows = RowModel(model)

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from fullrank.models.rows import RowModel
 from fullrank.sequences.layout import micro_batches
 from fullrank.sequences.loss import token_losses
-from fullrank.sequences.store import TokenStore
+from fullrank.sequences.store import Examples
 
 
 @torch.no_grad()
-def example_losses(model: PreTrainedModel, store: TokenStore, budget_tokens: int) -> Iterator[tuple[int, float, int]]:
+def example_losses(model: PreTrainedModel, store: Examples, budget_tokens: int) -> Iterator[tuple[int, float, int]]:
     """(example, summed loss in nats, supervised tokens) of every example of a store, row by row.
 
     Args:

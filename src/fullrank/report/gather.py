@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from fullrank import loading
 from fullrank.errors import UsageError
 from fullrank.recipe import Recipe
-from fullrank.records import DataCard, EvaluationCard, Plan, Prediction, Score, StepRow, TestScores, TrainCard
+from fullrank.records import DataCard, EvaluationCard, Forgotten, Plan, Prediction, Score, StepRow, TestScores, TrainCard
 from fullrank.report import data_page
 from fullrank.report.data_page import DataPage
 from fullrank.run import Run, need_record, read_json_lines, read_record
@@ -456,5 +456,23 @@ def _cautions(evaluation: EvaluationCard, headline: str) -> list[str]:
             "is asked, "
             "not being able to do it. evaluate.base_instructions in the recipe asks it fairly."
         )
-    words.append("What the model forgot outside this task was not measured in this run.")
+    if evaluation.forgotten is None:
+        words.append("What the model forgot outside this task was not measured in this run.")
+    else:
+        words += _forgotten(evaluation.forgotten)
     return words
+
+
+def _forgotten(forgotten: Forgotten) -> list[str]:
+    """What was found of forgetting, a sentence each."""
+    kl, everything = forgotten.kl, forgotten.probe["all"]
+    likelier = math.exp(-forgotten.loss_difference.value)
+    changed = outcome_of("accuracy", everything.difference)
+    what = {"worse": "fewer", "better": "more", "unclear": "about as many"}[changed]
+    return [
+        f"On text that the base model writes by itself, its predictions are {score_text(kl.value)} nats a token from the base's "
+        f"(95 % interval {interval_text(kl)}); a token there has become {likelier:.2f} times as likely.",
+        f"Of {everything.questions:,} general questions it answers {what} right: {score_text(everything.base.value)} before, "
+        f"{score_text(everything.tuned.value)} after (difference {score_text(everything.difference.value, signed=True)}, 95 % "
+        f"interval {interval_text(everything.difference, signed=True)}). What neither touches was not measured.",
+    ]

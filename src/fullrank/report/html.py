@@ -103,6 +103,7 @@ def render(report: Report, figures: Sequence[Figure], charts_note: str = "") -> 
     """
     pages = report.data_page
     folder = pages.folder if pages else ""
+    forgotten = report.evaluation.forgotten if report.evaluation else None
     environment = Environment(
         loader=PackageLoader("fullrank.report"),
         autoescape=True,
@@ -112,6 +113,7 @@ def render(report: Report, figures: Sequence[Figure], charts_note: str = "") -> 
     )
     environment.filters.update(
         bytes=format_bytes, seconds=format_seconds, count=format_count, metric=metric_name, score=score_text,
+        interval=interval_text,
         clip=clip, control=mark_control_tokens, visible=visible, short=lambda path: visible(path.removeprefix(folder)),
     )  # fmt: skip
     page = environment.get_template("report.html.jinja").render(
@@ -123,6 +125,7 @@ def render(report: Report, figures: Sequence[Figure], charts_note: str = "") -> 
         audited=pages if pages and pages.audit else None,
         big_numbers=big_numbers(report),
         tables=score_tables(report),
+        forgotten=forgotten,
         figures=[(figure, Markup(figure.svg)) for figure in figures if figure.name != "scores"],
         scores_figure=next(((figure, Markup(figure.svg)) for figure in figures if figure.name == "scores"), None),
         charts_note=charts_note,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fullrank.sequences.forest import LEAST_SHARED, Segment, grow, in_order, shared_prefix
-from fullrank.sequences.store import Example, TokenStore
+from fullrank.sequences.store import Example, Examples
 
 _Group = tuple[list[int], int]
 """Examples that stay together, or that make a row, by their number; and their tokens, what they share counted once."""
@@ -123,7 +123,7 @@ def needed_tokens(example: Example) -> int:
 
 
 def micro_batches(
-    store: TokenStore,
+    store: Examples,
     examples: Sequence[int] | np.ndarray,
     budget_tokens: int,
     *,

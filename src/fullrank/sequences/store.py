@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -55,6 +55,31 @@ class Example(NamedTuple):
     def supervised_targets(self) -> int:
         """Tokens that carry loss; the first has nothing before it to be predicted from."""
         return int(self.supervised[1:].sum())
+
+
+class Examples(Protocol):
+    """Examples by their number."""
+
+    lengths: np.ndarray
+    """lengths_N in tokens."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, example: int, /) -> Example: ...
+
+
+class ExampleList:
+    """A few examples in memory."""
+
+    def __init__(self, examples: Sequence[Tokens]) -> None:
+        self._examples = [Example(np.asarray(one.ids), np.asarray(one.supervised, np.bool_)) for one in examples]
+        self.lengths: np.ndarray = np.array([len(one.ids) for one in examples], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, example: int) -> Example:
+        return self._examples[example]
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------

@@ -14,8 +14,11 @@ import pytest
 from fullrank import loading
 from fullrank.recipe import Recipe
 from fullrank.records import (
+    BlockDrift,
     DataCard,
     EvaluationCard,
+    Forgotten,
+    GroupScores,
     LedgerLine,
     LengthSummary,
     MachineFacts,
@@ -76,6 +79,30 @@ def scores_of(examples: int, **metrics: tuple[float, float]) -> TestScores:
     )
 
 
+def forgotten() -> Forgotten:
+    def group(questions: int, before: float, after: float) -> GroupScores:
+        return GroupScores(
+            questions=questions,
+            base=score(before),
+            tuned=score(after),
+            difference=difference(after - before),
+            loss_difference=difference(0.21),
+        )
+
+    return Forgotten(
+        texts=64,
+        tokens=2871,
+        kl=Score(value=0.1234, low=0.111, high=0.137),
+        loss_difference=Score(value=0.0953, low=0.08, high=0.11),
+        probe={"all": group(120, 0.617, 0.492), "facts": group(30, 0.7, 0.5)},
+        drift=[
+            BlockDrift(part="embeddings", weights=0.0012, states=0.0004),
+            BlockDrift(part="block 0", weights=0.0034, states=0.0125),
+            BlockDrift(part="head and norms", weights=0.0005, states=None),
+        ],
+    )
+
+
 def evaluation_card(**changes: Any) -> EvaluationCard:
     tests = {
         "seen": scores_of(80, f1=(0.146, 0.961), f1_macro=(0.131, 0.948), rouge_l=(0.284, 0.973)),
@@ -93,6 +120,7 @@ def evaluation_card(**changes: Any) -> EvaluationCard:
         "tests": tests,
         "max_new_tokens": 128,
         "base_was_instructed": True,
+        "forgotten": forgotten(),
     }
     return EvaluationCard.model_validate(facts | changes)
 

@@ -63,6 +63,7 @@ def test_the_page_stands_alone(report: Report) -> None:
     assert page.headings[1:] == [
         "What was done",
         "Scores",
+        "What was forgotten",
         "Validation loss",
         "Answers side by side",
         "Proof",
@@ -70,6 +71,19 @@ def test_the_page_stands_alone(report: Report) -> None:
         "Using the model",
         "For the record",
     ]
+
+
+def test_what_was_forgotten_is_told_as_recorded(report: Report) -> None:
+    page = Page(html.render(report, []))
+    text = " ".join(page.text.split())
+    assert "64 texts (2,871 tokens) that the base model wrote by itself" in text
+    assert "0.123 0.111 to 0.137" in text and "+0.095 +0.080 to +0.110" in text
+    assert "all 120 0.617" in text and "facts 30 0.700" in text
+    assert "block 0 0.00340 0.01250" in text and "head and norms 0.00050" in text
+    cautions = " ".join(report.verdict.cautions)
+    assert "0.123 nats a token from the base's (95 % interval 0.111 to 0.137)" in cautions
+    assert "a token there has become 0.91 times as likely" in cautions  # exp(-0.0953)
+    assert "Of 120 general questions it answers fewer right: 0.617 before, 0.492 after" in cautions
 
 
 def test_sections_without_a_record_are_left_out(make_run: MakeRun) -> None:
