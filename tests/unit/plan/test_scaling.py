@@ -218,6 +218,17 @@ def test_throughput_is_within_a_third_of_what_is_published(
     assert 2 / 3 < found.tokens_per_second / devices / published < 4 / 3
 
 
+def test_across_machines_blocks_are_computed_again_rather_than_gathered_for_short_rows(tmp_path: Path) -> None:
+    """64 examples of 512 tokens a device: rows of one example each fit without recomputation, and gather a 70B model 64 times."""
+    short = pretraining(tmp_path, "llama-3.1-70b", 64, 512)
+    found = rows(simulation(short, preset("h100-sxm", "bf16"), most=64), "weak")[-1]
+    assert found.fits and found.recompute == "block" and found.row_tokens > 2048 and found.rows_per_device < 16
+    within = rows(simulation(short, changed(preset("h100-sxm", "bf16"), {"devices_per_node": 64}), most=64), "weak")[-1]
+    assert within.recompute == "none" and within.rows_per_device == 64  # on one machine, what travels costs less
+    assert within.compute_seconds and found.compute_seconds and within.compute_seconds < found.compute_seconds
+    assert found.step_seconds and within.step_seconds
+
+
 def test_weak_scaling_is_as_good_as_published(tmp_path: Path) -> None:
     # The same source: 5,762 tokens a second of a device on 8, 5,605 on 128.
     assumed = changed(preset("h100-sxm", "bf16"), {"memory_bytes": 96 * 10**9})
