@@ -6,6 +6,7 @@ imported by the verbs that need them, never by `--help`.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ def main() -> None:
     # Libraries that report to a network, draw bars of their own or fork their tokenizers have no business here.
     for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("DO_NOT_TRACK", "1"), ("TOKENIZERS_PARALLELISM", "true")):
         os.environ.setdefault(name, value)
+    # Where DeepSpeed is installed, transformers imports it to save a model, and it warns of what this machine lacks.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         srun.adopt()
