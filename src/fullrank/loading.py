@@ -345,6 +345,7 @@ def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
     if not isinstance(data.validation, ValidationSplit):
         update["validation"] = sources(data.validation, ("data", "validation"))
     update["test"] = {name: sources(items, ("data", "test")) for name, items in data.test.items()}
+    update["general"] = {name: sources(items, ("data", "general")) for name, items in data.general.items()}
     if data.chat_template:
         update["chat_template"] = find(data.chat_template, ("data", "chat_template"))
     if data.glossary:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -155,9 +156,14 @@ Validation = Annotated[
 ]
 
 
-def _as_tests(value: Any) -> Any:
-    is_mapping_of_tests = isinstance(value, dict) and not set(value) & set(Source.model_fields)
-    return value if is_mapping_of_tests else {"test": value}
+def _as_named(name: str) -> Callable[[Any], Any]:
+    """Sources, or named ones; sources alone get this name."""
+
+    def named(value: Any) -> Any:
+        is_mapping = isinstance(value, dict) and not set(value) & set(Source.model_fields)
+        return value if is_mapping else {name: value}
+
+    return named
 
 
 class Data(Section):
@@ -167,10 +173,15 @@ class Data(Section):
     """A path, a {path|hub, split, limit} mapping, or a list of them."""
     validation: Validation = ValidationSplit(ratio=0.1)
     """A file (or list), or {ratio: 0.1} of the training data; a tenth by default, so that overfitting is always seen."""
-    test: Annotated[dict[str, Sources], BeforeValidator(_as_tests, json_schema_input_type=Sources | dict[str, Sources])] = Field(
-        default_factory=dict
-    )
+    test: Annotated[
+        dict[str, Sources], BeforeValidator(_as_named("test"), json_schema_input_type=Sources | dict[str, Sources])
+    ] = Field(default_factory=dict)
     """A file, or named files {seen: a.jsonl, unseen: b.jsonl}; touched by the final evaluation only."""
+    general: Annotated[
+        dict[str, Sources], BeforeValidator(_as_named("general"), json_schema_input_type=Sources | dict[str, Sources])
+    ] = Field(default_factory=dict)
+    """A file, or named files, of what the task does not cover, in any form that training data may have: never trained on; the
+    final evaluation measures what the tuned model has forgotten of them."""
     max_length: int = Field(default=2048, ge=2)
     """Longest example in tokens; 2048 covers most instruction data."""
     too_long: Literal["error", "drop", "truncate", "chunk"] = "error"
@@ -201,15 +212,17 @@ class Data(Section):
             raise ValueError("`weight` and `repeat` mix training data; validation and test data are measured on as they are")
         return self
 
-    @field_validator("test")
+    @field_validator("test", "general")
     @classmethod
-    def _names_are_file_names(cls, test: dict[str, list[Source]]) -> dict[str, list[Source]]:
-        wrong = [name for name in test if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in ("train", "validation")]
+    def _names_are_file_names(cls, named: dict[str, list[Source]], info: ValidationInfo) -> dict[str, list[Source]]:
+        taken = ("train", "validation")
+        wrong = [name for name in named if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in taken]
         if wrong:
+            what = "a test set" if info.field_name == "test" else "general data"
             raise ValueError(
-                f"{wrong[0]!r} cannot be the name of a test set: letters, digits, - and _ may; `train` and `validation` are taken"
+                f"{wrong[0]!r} cannot be the name of {what}: letters, digits, - and _ may; `train` and `validation` are taken"
             )
-        return test
+        return named
 
 
 class _Rule(Section):

@@ -310,9 +310,17 @@ class DataCard(StageRecord):
     """Tokens that end an answer, as the training examples end theirs."""
     train: SplitCard
     validation: SplitCard
+    general: dict[str, SplitCard] = {}
+    """What the task does not cover; never trained on."""
     tests: dict[str, TestCard]
     notes: list[str]
     """Words for the user: conversions, drops."""
+
+    @property
+    def stored(self) -> dict[str, SplitCard]:
+        """What there are token stores of, as people call it."""
+        named = {f"general: {name}": split for name, split in self.general.items()}
+        return {"train": self.train, "validation": self.validation, **named}
 
 
 # ---- plan -----------------------------------------------------------------------------------------------------------
@@ -732,17 +740,25 @@ class BlockDrift(Record):
     """1 - mean cosine similarity of what comes out of it, token by token, in both models; None where nothing does."""
 
 
-class Forgotten(Record):
-    """What the tuned model no longer is or knows."""
+class TextScores(Record):
+    """Texts under both models."""
 
     texts: int
-    """That the base model wrote by itself."""
     tokens: int
-    """Of these texts, which were drawn."""
+    """Of these that count: drawn ones, or supervised ones."""
     kl: Score
     """Forward KL divergence of the tuned model's predictions from the base's on them, nats a token; resampled by texts."""
     loss_difference: Score
     """Of these tokens, nats a token, tuned - base."""
+
+
+class Forgotten(Record):
+    """What the tuned model no longer is or knows."""
+
+    own_text: TextScores
+    """What the base model wrote by itself."""
+    general: dict[str, TextScores]
+    """The recipe's general data, by name."""
     probe: dict[str, GroupScores]
     """By group of questions; `all` of them first."""
     drift: list[BlockDrift]

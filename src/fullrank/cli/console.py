@@ -193,7 +193,7 @@ class Console:
                     )
                 out.print(table)
             if evaluated.forgotten is not None:
-                kl, probe = evaluated.forgotten.kl, evaluated.forgotten.probe["all"]
+                kl, probe = evaluated.forgotten.own_text.kl, evaluated.forgotten.probe["all"]
                 out.print(
                     f"forgotten: {kl.value:.3f} nats a token from the base on its own text ({kl.low:.3f} to {kl.high:.3f}); "
                     f"general probe {probe.base.value:.3f} -> {probe.tuned.value:.3f} ({probe.difference.low:+.3f} to "

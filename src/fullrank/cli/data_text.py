@@ -267,7 +267,7 @@ def card_text(card: DataCard, *, folder: str = "") -> RenderableType:
     records = _table("records", "read", "used", "rejected")
     examples = _table("examples", "", "tokens", "supervised", "shortest", "median", "95 %", "longest")
     mixes: list[RenderableType] = []
-    for name, split in (("train", card.train), ("validation", card.validation)):
+    for name, split in card.stored.items():
         lengths = split.lengths
         records.add_row(Text(name, "bold"), *(f"{count:,}" for count in (split.read, split.used, split.quarantined)))
         examples.add_row(

@@ -56,7 +56,8 @@ def settings_for(recipe: Recipe, base: ResolvedModel, chat: ChatFormat, *, is_te
 
 def all_sources(data: Data) -> list[Source]:
     """Every source that a recipe names."""
-    return [*training_sources(data), *(source for items in data.test.values() for source in items)]
+    held_apart = [*data.test.values(), *data.general.values()]
+    return [*training_sources(data), *(source for items in held_apart for source in items)]
 
 
 def source_name(source: Source) -> str:
@@ -108,7 +109,8 @@ class Splits:
         self.train = _Split("train", data.train, False)
         own = [] if isinstance(data.validation, ValidationSplit) else data.validation
         self.validation = _Split("validation", own, False)
-        self.splits = [self.train, self.validation, *self.tests]
+        self.general = {name: _Split(f"general-{name}", items, False) for name, items in data.general.items()}
+        self.splits = [self.train, self.validation, *self.tests, *self.general.values()]
         self.facts: list[Facts] = []
 
     # ---- shards -----------------------------------------------------------------------------------------------------
@@ -171,11 +173,16 @@ class Splits:
             held_out = self._write_split(self.train, validation, examples, inside, links, is_counted=not train.shares(validation))
         else:
             train, validation = self._facts(self.train, None), self._facts(self.validation, None)
-            theirs, _ = _examples_of(self.validation)
-            everything = [np.flatnonzero(theirs["source"] == n) for n in range(len(self.validation.prepared))]
-            held_out = self._write_split(self.validation, validation, theirs, everything, links)
+            held_out = self._write_whole(self.validation, validation, links)
         self.facts = [train, validation, *(self._facts(test, None) for test in self.tests)]
-        return {"train": self._write_split(self.train, train, examples, shares, links), "validation": held_out}
+        general = {split.name: self._write_whole(split, self._facts(split, None), links) for split in self.general.values()}
+        return {"train": self._write_split(self.train, train, examples, shares, links), "validation": held_out, **general}
+
+    def _write_whole(self, split: _Split, facts: Facts, links: dict[Path, str]) -> SplitCard:
+        """As `_write_split`, all examples of a split."""
+        examples, _ = _examples_of(split)
+        everything = [np.flatnonzero(examples["source"] == n) for n in range(len(split.prepared))]
+        return self._write_split(split, facts, examples, everything, links)
 
     def _facts(self, split: _Split, chosen: np.ndarray | None, name: str | None = None) -> Facts:
         return Facts(

@@ -72,6 +72,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel, chat: ChatFormat) -> Da
     memory = DigestMemory.load(cache.digests)
     for_training = _training_fingerprint(recipe, base, chat, memory)
     tests = {name: _digests(items, memory) for name, items in recipe.data.test.items()}
+    tests |= {f"general-{name}": _digests(items, memory) for name, items in recipe.data.general.items()}
     for_records = fingerprint(for_training, tests)
     current = fingerprint(for_records, _audit_settings(recipe.data, base))
     memory.save()
@@ -113,6 +114,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel, chat: ChatFormat) -> Da
             stop_ids=splits.stop_ids(),
             train=written["train"],
             validation=written["validation"],
+            general={name: written[split.name] for name, split in splits.general.items()},
             tests=splits.test_cards(),
             notes=splits.notes(),
         )
@@ -181,14 +183,15 @@ def refuse(card: DataCard, data: Data, run: Run) -> None:
         elif any(line.loses_more for line in rejected):
             hint = "mend the file: nobody knows how many records were not read, so no budget covers them"
         raise DataRefused(named + rest + budget, hint=hint)
-    for name, split in (("train", card.train), ("validation", card.validation)):
+    for name, split in card.stored.items():
         if not split.examples:
             if name == "validation" and isinstance(data.validation, ValidationSplit):
                 raise DataRefused(
                     f"data.validation: a share of {plural(card.train.examples, 'example')} cannot be held out",
                     hint="give more training records, or a validation file",
                 )
-            raise DataRefused(f"data.{name}: no example is left to use", hint="see data.max_length and data.too_long")
+            key = name.replace(": ", ".")
+            raise DataRefused(f"data.{key}: no example is left to use", hint="see data.max_length and data.too_long")
     audit = read_record(run.data / "audit.json", Audit)
     errors = [f for f in (audit.findings if audit else []) if f.severity == "error" and f.kind not in data.audit.accept]
     if errors:
@@ -227,14 +230,14 @@ def _pinned(recipe: Recipe) -> Recipe:
     update: dict[str, Any] = {"train": [sources.pinned(source) for source in data.train]}
     if not isinstance(data.validation, ValidationSplit):
         update["validation"] = [sources.pinned(source) for source in data.validation]
-    update["test"] = {name: [sources.pinned(source) for source in items] for name, items in data.test.items()}
+    for key, named in (("test", data.test), ("general", data.general)):
+        update[key] = {name: [sources.pinned(source) for source in items] for name, items in named.items()}
     return recipe.model_copy(update={"data": data.model_copy(update=update)})
 
 
 def _missing_files(data: Data) -> list[str]:
     """Files that the recipe names and that are not there."""
-    everything = [*training_sources(data), *(source for items in data.test.values() for source in items)]
-    missing = [s.path for s in everything if s.path and not matching_files(s.path)]
+    missing = [s.path for s in all_sources(data) if s.path and not matching_files(s.path)]
     return [*missing, *(path for path in (data.chat_template, data.glossary) if path and not Path(path).is_file())]
 
 

@@ -1,12 +1,12 @@
-"""What a tuned model has forgotten, measured on what needs no data of anyone's.
+"""What a tuned model has forgotten, measured by default on what needs no data of anyone's.
 
-Three readings, each paired: how far its predictions are from the base model's on text that the base wrote by itself (forward KL a
-token; Shenfeld et al. 2025, RL's Razor, find that forgetting follows this divergence, on the new task's inputs); how a small
-general probe fares (`fullrank.generation.probe`); and, as a diagnosis, how far every block's weights and states have moved. The
-base model is asked first and need not stay in memory: its last hidden states and its head are kept
-(`fullrank.generation.divergence`).
+Three readings, each paired: how far its predictions are from the base model's on text that the base wrote by itself, and on
+general data where the recipe has some (forward KL a token; Shenfeld et al. 2025, RL's Razor, find that forgetting follows this
+divergence, on the new task's inputs); how a small general probe fares (`fullrank.generation.probe`); and, as a diagnosis, how
+far every block's weights and states have moved. The base model is asked first and need not stay in memory: its last hidden
+states and its head are kept (`fullrank.generation.divergence`).
 
-It says nothing of what neither the probe nor the base's own text touches.
+It says nothing of what none of them touches.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from fullrank.generation.divergence import Remembered
 from fullrank.generation.samples import neutral_prompts, prompt_ids, sampled
 from fullrank.models.stored import StoredTensor, StoredTensors, weight_files
 from fullrank.recipe import Forgetting
-from fullrank.records import BlockDrift, Forgotten, GroupScores
+from fullrank.records import BlockDrift, Forgotten, GroupScores, TextScores
 from fullrank.run import fingerprint, write_text
 from fullrank.sequences.chat import ChatRenderer, Tokens
-from fullrank.sequences.store import ExampleList
+from fullrank.sequences.store import ExampleList, TokenStore
 
 #: Tokens of the base's own text whose states after every block are compared.
 _STATE_TOKENS = 256
+#: Tokens of general data that are measured: their hidden states are kept, of 2,304 bytes each for a model of 576 channels.
+_MOST_TOKENS = 1 << 16
 
 
 class Asked:
@@ -47,6 +49,7 @@ class Asked:
         stop_ids: ids that end an answer.
         budget_tokens: most tokens of a row.
         texts_folder: where texts that base models wrote are kept for other runs.
+        general: stores of data that the task does not cover, by name.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Asked:
         stop_ids: Sequence[int],
         budget_tokens: int,
         texts_folder: Path,
+        general: Mapping[str, Path] = {},
     ) -> None:
         self._renderer, self._budget = renderer, budget_tokens
         prompts = [prompt_ids(renderer, prompt) for prompt in neutral_prompts()[: wanted.texts]]
@@ -69,6 +73,9 @@ class Asked:
             self._texts = [text for text in drawn if any(text.supervised)]
             _keep(texts_folder / f"{what}.json", self._texts)
         self._remembered = Remembered(model, ExampleList(self._texts), budget_tokens)
+        self._general = {
+            name: Remembered(model, _beginning(TokenStore(folder)), budget_tokens) for name, folder in general.items()
+        }
         self._answers = probe.answered(model, renderer, probe.questions(), budget_tokens)
         self._states = _states(model, self._texts)
 
@@ -80,20 +87,39 @@ class Asked:
             base: folder of the base model's weights.
             tuned: folder of the tuned model's.
         """
-        moved = sorted(self._remembered.against(model), key=lambda one: one.example)
-        tokens = [one.tokens for one in moved]
-        before, after = (
-            loss_items([getattr(one, name) for one in moved], tokens)["validation_loss"] for name in ("loss_before", "loss_after")
-        )
         answers = probe.answered(model, self._renderer, probe.questions(), self._budget)
         return Forgotten(
-            texts=len(moved),
-            tokens=sum(tokens),
-            kl=interval(loss_items([one.kl for one in moved], tokens)["validation_loss"]),
-            loss_difference=paired_difference(after, before),
+            own_text=_text_scores(self._remembered, model),
+            general={name: _text_scores(remembered, model) for name, remembered in self._general.items()},
             probe=_by_group(self._answers, answers),
             drift=_drift(base, tuned, self._states, _states(model, self._texts)),
         )
+
+
+def _beginning(store: TokenStore) -> ExampleList:
+    """The first examples of a store, as many as can be kept in memory."""
+    chosen, tokens = [], 0
+    for number in range(len(store)):
+        example = store[number]
+        chosen.append(Tokens(example.ids.tolist(), example.supervised.tolist()))
+        tokens += example.supervised_targets
+        if tokens >= _MOST_TOKENS:
+            break
+    return ExampleList(chosen)
+
+
+def _text_scores(remembered: Remembered, model: PreTrainedModel) -> TextScores:
+    moved = sorted(remembered.against(model), key=lambda one: one.example)
+    tokens = [one.tokens for one in moved]
+    before, after = (
+        loss_items([getattr(one, name) for one in moved], tokens)["validation_loss"] for name in ("loss_before", "loss_after")
+    )
+    return TextScores(
+        texts=len(moved),
+        tokens=sum(tokens),
+        kl=interval(loss_items([one.kl for one in moved], tokens)["validation_loss"]),
+        loss_difference=paired_difference(after, before),
+    )
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ class _Evaluation:
                 stop_ids=self.stop_ids,
                 budget_tokens=self.budget_tokens,
                 texts_folder=self.run.root.parent / ".texts",
+                general={name: self.run.data / f"general-{name}" for name in self.recipe.data.general},
             )
         else:
             self.forgotten = self._asked.against(model, self.base.folder, self.run.model)

@@ -287,7 +287,7 @@ def render(page: DataPage, name: str) -> str:
         tokens=_tokens,
         piece=visible_token,
     )
-    splits = {"train": page.card.train, "validation": page.card.validation}
+    splits = page.card.stored
     longest = max(split.lengths.longest for split in splits.values())
     text = environment.get_template("data.html.jinja").render(
         page=page,

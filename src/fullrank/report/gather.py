@@ -465,8 +465,8 @@ def _cautions(evaluation: EvaluationCard, headline: str) -> list[str]:
 
 def _forgotten(forgotten: Forgotten) -> list[str]:
     """What was found of forgetting, a sentence each."""
-    kl, everything = forgotten.kl, forgotten.probe["all"]
-    likelier = math.exp(-forgotten.loss_difference.value)
+    kl, everything = forgotten.own_text.kl, forgotten.probe["all"]
+    likelier = math.exp(-forgotten.own_text.loss_difference.value)
     changed = outcome_of("accuracy", everything.difference)
     what = {"worse": "fewer", "better": "more", "unclear": "about as many"}[changed]
     return [

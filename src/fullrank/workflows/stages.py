@@ -191,7 +191,7 @@ def _refuse_other_recipe(run: Run, recipe: Recipe) -> None:
 def _what_is_trained(recipe: dict[str, Any]) -> dict[str, Any]:
     """The sections that training depends on, without the places of files, whose content has a fingerprint of its own."""
     sections = {name: dict(recipe.get(name) or {}) for name in ("model", "data", "train", "export")}
-    for key in ("train", "test", "chat_template"):
+    for key in ("train", "test", "general", "chat_template"):
         sections["data"].pop(key, None)
     if not isinstance(sections["data"].get("validation"), dict):
         sections["data"].pop("validation", None)

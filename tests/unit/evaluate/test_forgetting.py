@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from staging import staged, write_case
+from tiny import write_jsonl
 
 from fullrank.evaluate.forgetting import Asked
 from fullrank.models.load import load_model, load_tokenizer
 from fullrank.recipe import Forgetting
 from fullrank.records import Forgotten
 from fullrank.sequences.chat import ChatRenderer
+from fullrank.sequences.store import TokenStore
 
 CPU = torch.device("cpu")
 STOP = [2]
@@ -48,9 +51,10 @@ def measured(base: Path, tuned: Path, tmp_path: Path) -> Forgotten:
 
 def test_the_base_has_forgotten_nothing_of_itself(base: Path, tmp_path: Path) -> None:
     found = measured(base, base, tmp_path)
-    assert (found.kl.value, found.kl.low, found.kl.high) == (0.0, 0.0, 0.0)
-    assert found.loss_difference.value == 0.0
-    assert (found.texts, found.tokens <= 30) == (6, True)
+    own = found.own_text
+    assert (own.kl.value, own.kl.low, own.kl.high) == (0.0, 0.0, 0.0)
+    assert own.loss_difference.value == 0.0
+    assert (own.texts, own.tokens <= 30) == (6, True)
     everything = found.probe["all"]
     assert everything.questions == 120 and everything.base == everything.tuned
     assert everything.difference.value == everything.loss_difference.value == 0.0
@@ -70,7 +74,7 @@ def test_drift_is_told_of_the_part_that_moved(base: Path, tmp_path: Path) -> Non
     states = {part.part: part.states for part in found.drift}
     assert states["embeddings"] == pytest.approx(0.0, abs=1e-6) == states["block 0"]
     assert states["block 1"] is not None and states["block 1"] > 1e-6 and states["head and norms"] is None
-    assert found.kl.value > 0 and found.kl.low > 0
+    assert found.own_text.kl.low > 0
 
 
 def test_a_base_writes_its_texts_once(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -86,3 +90,37 @@ def test_a_base_writes_its_texts_once(tiny_model_folder: Callable[..., Path], tm
     assert len(list(texts.iterdir())) == 2
     kept.write_text("[[", encoding="utf-8")  # cut off: drawn again
     assert asked(model, base, texts)._texts == first._texts and kept.read_bytes() == written
+
+
+def test_general_data_are_prepared_measured_and_never_trained_on(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """The recipe's general data in its own form beside transformers' losses of the same conversations."""
+    base = tiny_model_folder("llama")
+    write_jsonl(tmp_path / "other.jsonl", [{"prompt": f"Say {n} twice", "completion": f"{n} {n}"} for n in range(5)])
+    case = staged(write_case(tmp_path, base, data={"general": {"other": "other.jsonl"}}))
+    card = case.data()
+    assert card.general["other"].examples == 5 and card.train.examples == 16
+    store = TokenStore(case.run.data / "general-other")
+    tuned = tuned_folder(base, tmp_path / "tuned", lambda name, p: p * 1.05)
+    before, after = load_model(base, device=CPU), load_model(tuned, device=CPU)
+    renderer = ChatRenderer(load_tokenizer(base), datetime.date(2025, 1, 1), "tiny")
+    wanted = Forgetting(texts=4, tokens=3)
+    folders = {"other": case.run.data / "general-other"}
+    kept = Asked(
+        before, "base", renderer, wanted, stop_ids=STOP, budget_tokens=300, texts_folder=tmp_path / "texts", general=folders
+    )
+    found = kept.against(after, base, tuned).general["other"]
+    sums = dict.fromkeys((before, after), 0.0)
+    for number in range(5):
+        example = store[number]
+        labels = torch.tensor([[int(i) if s else -100 for i, s in zip(example.ids, example.supervised, strict=True)]])
+        for model in sums:
+            with torch.no_grad():
+                loss = model(input_ids=torch.tensor(example.ids.astype("int64"))[None], labels=labels).loss.item()
+            sums[model] += loss * example.supervised_targets
+    tokens = sum(store[n].supervised_targets for n in range(5))
+    assert (found.texts, found.tokens) == (5, tokens)
+    assert found.loss_difference.value == pytest.approx((sums[after] - sums[before]) / tokens, abs=1e-4)
+    assert found.kl.value > 0
+    before_fingerprint = card.training_fingerprint
+    again = staged(write_case(tmp_path, base))
+    assert again.data().training_fingerprint == before_fingerprint  # what is trained on is the same without them

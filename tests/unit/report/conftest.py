@@ -31,6 +31,7 @@ from fullrank.records import (
     StepRow,
     TestCard,
     TestScores,
+    TextScores,
     TrainCard,
 )
 from fullrank.run import Run, append_json_line, write_manifest, write_record, write_text
@@ -90,10 +91,15 @@ def forgotten() -> Forgotten:
         )
 
     return Forgotten(
-        texts=64,
-        tokens=2871,
-        kl=Score(value=0.1234, low=0.111, high=0.137),
-        loss_difference=Score(value=0.0953, low=0.08, high=0.11),
+        own_text=TextScores(
+            texts=64,
+            tokens=2871,
+            kl=Score(value=0.1234, low=0.111, high=0.137),
+            loss_difference=Score(value=0.0953, low=0.08, high=0.11),
+        ),
+        general={
+            "manuals": TextScores(texts=12, tokens=4321, kl=difference(0.5), loss_difference=difference(0.4)),
+        },
         probe={"all": group(120, 0.617, 0.492), "facts": group(30, 0.7, 0.5)},
         drift=[
             BlockDrift(part="embeddings", weights=0.0012, states=0.0004),

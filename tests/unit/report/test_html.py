@@ -76,8 +76,9 @@ def test_the_page_stands_alone(report: Report) -> None:
 def test_what_was_forgotten_is_told_as_recorded(report: Report) -> None:
     page = Page(html.render(report, []))
     text = " ".join(page.text.split())
-    assert "64 texts (2,871 tokens) that the base model wrote by itself" in text
-    assert "0.123 0.111 to 0.137" in text and "+0.095 +0.080 to +0.110" in text
+    assert "64 texts that the base model wrote by itself" in text
+    assert "the base model's own 64 texts 2,871 0.123 0.111 to 0.137 +0.095 +0.080 to +0.110" in text
+    assert "manuals 12 texts 4,321 0.500 0.440 to 0.560" in text
     assert "all 120 0.617" in text and "facts 30 0.700" in text
     assert "block 0 0.00340 0.01250" in text and "head and norms 0.00050" in text
     cautions = " ".join(report.verdict.cautions)
