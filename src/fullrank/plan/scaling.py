@@ -124,8 +124,9 @@ def simulation(subject: Subject, cluster: Cluster, *, most: int, hybrid: bool = 
 def _row(subject: Subject, cluster: Cluster, devices: int, scaling: Scaling, hybrid: bool) -> SimulatedRow:
     replicas = simulate.nodes_of(cluster, devices) if hybrid else 1
     replicas = replicas if devices % replicas == 0 else 1
+    wanted = subject.recipe.parallel.engine
     recipe = subject.recipe.model_copy(
-        update={"parallel": Parallel(engine=subject.recipe.parallel.engine, ranks=devices, replicas=replicas)}
+        update={"parallel": Parallel(engine="auto" if wanted == "deepspeed" else wanted, ranks=devices, replicas=replicas)}
     )
     here = simulate.ranks_of_a_node(cluster, devices)
     world = World(0, devices, 0, here)
@@ -301,6 +302,17 @@ def _assumptions(subject: Subject, cluster: Cluster, hybrid: bool) -> list[str]:
         f"rows: laid out from the run's own data, {looked_at} of {looks.order.steps:,}; ranks wait for the longest",
         "the run: its optimizer steps alone, without validation, checkpoints, evaluation, or devices that fail",
     ]
+    parallel = recipe.parallel
+    if parallel.engine == "deepspeed":
+        said.append("engine: FSDP2's memory and messages, not those of DeepSpeed, which the recipe asks for")
+    if parallel.context > 1:
+        said.append(
+            f"parallel.context: every rank computes rows of its own, although the recipe has {parallel.context} share each"
+        )
+    if parallel.replicas > 1 and not hybrid:
+        said.append(
+            f"parallel.replicas: all devices hold the model once, although the recipe has {parallel.replicas} groups do so"
+        )
     if hybrid:
         said.append("hybrid sharding: every node holds the model once (parallel.replicas = nodes)")
     if cluster.shares_node:

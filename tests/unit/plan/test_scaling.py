@@ -20,7 +20,7 @@ from fullrank.parallel.groups import shapes_of
 from fullrank.plan.cluster import changed, preset
 from fullrank.plan.layouts import Looks
 from fullrank.plan.scaling import Subject, simulation, subject_of
-from fullrank.recipe import Recipe
+from fullrank.recipe import Parallel, Recipe
 from fullrank.records import Cluster, SimulatedRow, Simulation
 from fullrank.sequences.order import Order
 
@@ -151,6 +151,19 @@ def test_what_goes_with_one_process_only_is_refused(case: Staged) -> None:
     assert simulation(spilled, cluster(), most=1).rows[0].fits
     with pytest.raises(UsageError, match="spill is for one process"):
         simulation(spilled, cluster(), most=2)
+
+
+def test_what_is_not_simulated_is_said(case: Staged) -> None:
+    """DeepSpeed is simulated as FSDP2, ranks that share rows or repeat the model as ranks that do not."""
+    plain = simulation(subject(case), cluster(), most=2)
+    for parallel, words in (
+        ({"engine": "deepspeed", "zero_stage": 2}, "engine: FSDP2's memory and messages, not those of DeepSpeed"),
+        ({"context": 2}, "the recipe has 2 share each"),
+        ({"replicas": 2}, "the recipe has 2 groups do so"),
+    ):
+        found = simulation(subject(case, parallel=Parallel.model_validate(parallel)), cluster(), most=2)
+        assert found.rows == plain.rows
+        assert any(words in one for one in found.assumptions) and not any(words in one for one in plain.assumptions)
 
 
 # ---- against what others have published -----------------------------------------------------------------------------
