@@ -368,3 +368,14 @@ def read_and_saved(world: World, asked: Asked) -> tuple[dict[str, Any], dict[str
     engine.step(rows[world.rank], 10, learning_rate=1e-2, seed=1)
     engine.load_state(checkpoint.load(folder)[1])
     return saved, whole(engine), sorted(path.name for path in folder.iterdir())
+
+
+def best_read(world: World, asked: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(weights when they were saved as the best so far, when the same engine has read them after another step)."""
+    engine, store = engine_of(world, asked), examples()
+    rows = dealt(micro_batches(store, list(range(STEP)), asked.budget, packed=True, ranks=world.size), world.size)
+    saved = whole(engine)
+    checkpoint.save_weights(Path(asked.checkpoints), 1, engine.weights(), world)
+    engine.step(rows[world.rank], 10, learning_rate=1e-2, seed=0)
+    engine.load_weights(checkpoint.load_weights(Path(asked.checkpoints), 1))
+    return saved, whole(engine)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_work import Asked, differences, exported, stepped
+from rank_work import Asked, best_read, differences, exported, stepped
 from ranks import Ranks
 
 from fullrank.models import export
@@ -181,3 +181,20 @@ def test_a_checkpoint_of_one_process_is_read_by_ranks(ranks: Worlds, tiny_model_
     wanted = stepped(World(), going_on, False)
     for size in (1, 2, 4):
         same(ranks(size).ask(stepped, going_on)[0], wanted, CLOSE)
+
+
+def test_one_process_goes_on_with_what_an_engine_of_one_rank_saved(
+    ranks: Worlds, tiny_model_folder: Folder, tmp_path: Path
+) -> None:
+    asked = Asked(str(tiny_model_folder("llama")), steps=2, checkpoints=str(tmp_path))
+    ranks(1).ask(stepped, asked)
+    going_on = replace(asked, first=2)
+    same(stepped(World(), going_on, False), ranks(1).ask(stepped, going_on)[0], CLOSE)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_best_weights_are_read_back(replicas: int, ranks: Worlds, tiny_model_folder: Folder, tmp_path: Path) -> None:
+    """Also where several ranks have the same parts."""
+    asked = Asked(str(tiny_model_folder("llama")), dtype=torch.float32, replicas=replicas, checkpoints=str(tmp_path))
+    for saved, read in ranks(2).ask(best_read, asked):
+        assert differences(read, saved) == 0.0

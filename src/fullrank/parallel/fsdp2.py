@@ -180,7 +180,9 @@ class Fsdp2(SingleDevice):
         return replace(state, tensors={stem: Pieces({}, {}) for stem in state.tensors}) if self._is_repeat else state
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """This rank's parts (`fullrank.optim.pieces.Pieces`)."""
+        """This rank's parts (`fullrank.optim.pieces.Pieces`), those that are repeated once."""
+        if self._is_repeat:
+            return Pieces({}, {})
         return Pieces({name: p.detach().view(-1) for name, p in self._local.items()}, self._everything)
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,7 +6,8 @@ tell, and these look at what it tells, so that the store is asked as often as th
 that has told nothing for `silence_seconds` is dead or stopped. One that lives, but has been in the same phase for
 `standstill_seconds` while no rank got anywhere, hangs: of those, the first rank names the one that is furthest behind, since the
 others wait for it. Who sees it says so in the store; then every rank writes the stacks of its threads beside the run and ends,
-and the launcher ends those that cannot.
+and the launcher ends those that cannot. A rank that leaves by an error of its own falls silent as well, so that those who still
+wait for it end, too, whoever started them.
 
 It promises no more than to name and to end. What continues is the last checkpoint.
 """
@@ -79,7 +80,7 @@ class Heartbeat:
         self._silence, self._standstill = silence_seconds, standstill_seconds
         self._step, self._phase, self._moves = 0, "", 0
         self._longest_phase, self._since = 0.0, time.monotonic()
-        self._over = threading.Event()
+        self._over, self._is_missed = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
@@ -87,7 +88,8 @@ class Heartbeat:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        self._is_missed = kind is not None
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -153,8 +155,9 @@ class Heartbeat:
                 return
             if self._over.wait(BEAT_SECONDS):
                 break
-        with contextlib.suppress(RuntimeError, OSError):
-            store.set(_key(self._world.rank), _GONE.decode())  # nobody need wait for this one
+        if not self._is_missed:
+            with contextlib.suppress(RuntimeError, OSError):
+                store.set(_key(self._world.rank), _GONE.decode())  # nobody need wait for this one
 
     def _trouble(self, heard: dict[int, tuple[bytes, float]], beats: dict[int, Beat], now: float, moved: float) -> str:
         silent = [rank for rank, (_, when) in heard.items() if now - when > self._silence]

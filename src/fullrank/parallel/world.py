@@ -92,6 +92,24 @@ def told(environment: Mapping[str, str] = os.environ) -> World | None:
     return World(rank, size, local_rank, local_size)
 
 
+def cuda_index(world: World) -> int:
+    """The number of this rank's CUDA device: the rank's own on its machine, or the only one that its launcher lets it see (as
+    `srun --gpus-per-task=1` does).
+
+    Raises:
+        UsageError: the machine has fewer devices than ranks.
+    """
+    devices = torch.cuda.device_count()
+    if devices == 1:
+        return 0
+    if world.local_rank >= devices:
+        raise UsageError(
+            f"rank {world.rank} is number {world.local_rank} on its machine, counted from 0, which has {devices} CUDA devices",
+            hint="start one rank a device: parallel.ranks, or torchrun's --nproc-per-node",
+        )
+    return world.local_rank
+
+
 @contextlib.contextmanager
 def joined(world: World, device_type: str, *, patience_seconds: float) -> Iterator[World]:
     """Inside, the ranks of a launcher can hear one another.
@@ -100,6 +118,9 @@ def joined(world: World, device_type: str, *, patience_seconds: float) -> Iterat
         world: as `told`.
         device_type: of the ranks' devices; control goes over gloo in any case, tensors of CUDA devices over NCCL.
         patience_seconds: how long a rank waits for the others before it gives up.
+
+    Raises:
+        UsageError: there is no CUDA device for this rank.
     """
     if world.size == 1:  # FSDP2 wants a group of one, too
         store = distributed.HashStore()  # type: ignore[attr-defined]
@@ -111,7 +132,7 @@ def joined(world: World, device_type: str, *, patience_seconds: float) -> Iterat
         return
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if device_type == "cuda":
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(cuda_index(world))
     distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=patience_seconds))
     try:
         yield world

@@ -46,6 +46,7 @@ class _Device:
     node_bytes_per_second: float
     network_bytes_per_second: float
     host_bytes_per_second: float
+    """Not published: about 0.8 of what PCIe x16 of its generation is rated at."""
     hop: float = _NVLINK
 
 
@@ -71,9 +72,9 @@ DEVICES: dict[str, _Device] = {
         *(0.35, 141 * 10**9, 989e12, 67e12, 4.8e12, 450e9, 50e9, 50e9),
     ),
     "b200": _Device(
-        "NVIDIA's data sheet of HGX B200 and DGX B200 (NVLink 1,800 GB/s both ways, 400 Gb/s a device)",
+        "NVIDIA's Blackwell data sheet, a GPU of HGX B200, and that of DGX B200 (NVLink 1,800 GB/s both ways, 400 Gb/s a device)",
         _REACHED,
-        *(0.35, 180 * 10**9, 2250e12, 80e12, 8e12, 900e9, 50e9, 50e9),
+        *(0.35, 180 * 10**9, 2250e12, 75e12, 7.7e12, 900e9, 50e9, 50e9),
     ),
     "mi300x": _Device(
         "AMD's data sheet of the Instinct MI300X and its platform of eight (7 links of 128 GB/s both ways; 400 Gb/s a device)",

@@ -303,12 +303,17 @@ def _assumptions(subject: Subject, cluster: Cluster, hybrid: bool) -> list[str]:
         f"rows: laid out from the run's own data, {looked_at} of {looks.order.steps:,}; ranks wait for the longest",
         "the run: its optimizer steps alone, without validation, checkpoints, evaluation, or devices that fail",
     ]
+    parallel = recipe.parallel
+    if parallel.replicas > 1 and not hybrid:
+        said.append(
+            f"parallel.replicas: all devices hold the model once, although the recipe has {parallel.replicas} groups do so"
+        )
     if hybrid:
         said.append("hybrid sharding: every node holds the model once (parallel.replicas = nodes)")
-    if recipe.parallel.engine == "deepspeed":
+    if parallel.engine == "deepspeed":
         said.append("DeepSpeed: its buckets and what it prefetches are left out; weights and what is sent of them are fp32")
-    if recipe.parallel.context > 1:
-        said.append(f"parallel.context: {recipe.parallel.context} is left out; every device computes whole rows")
+    if parallel.context > 1:
+        said.append(f"parallel.context: {parallel.context} is left out; every device computes whole rows")
     if cluster.shares_node:
         said.append("ranks of a node share its compute, memory and links: more of them compute no faster")
     if recipe.train.optimizer.name == "muon":

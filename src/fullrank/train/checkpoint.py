@@ -218,9 +218,10 @@ class Saved(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         there = self._there[name]
-        if len(there) == 1:
-            return there[0][1].read()
         shape = there[0][0].shape
+        if len(there) == 1:
+            found = there[0][1].read()  # flat, where an engine of one rank saved all of a tensor as a piece
+            return found.view(shape) if found.numel() == math.prod(shape) else found
         return assembled(self.parts(name), Piece(0, math.prod(shape), shape), there[0][1].dtype).view(shape)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The roll call: before anything is loaded, ranks find out whether they are about to do the same thing on the same ground.
 
-A rank with another version of a library, another recipe, other data or a folder of its own would not fail at once: it would train
-something else, or hang. So each tells what it has, all compare, and what differs is named by rank, everything at once.
+A rank with another version of a library, another recipe, another base model, other data or a folder of its own would not fail
+at once: it would train something else, or hang. So each tells what it has, all compare, and what differs is named by rank,
+everything at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from fullrank.errors import UsageError
+from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
 from fullrank.parallel.world import World
 from fullrank.recipe import Recipe
@@ -26,8 +28,8 @@ from fullrank.run import Run, fingerprint, write_record, write_text
 _PACKAGES = ("fullrank", "torch", "transformers", "safetensors", "numpy")
 
 
-def call(recipe: Recipe, run: Run, data: DataCard, world: World, device: torch.device) -> None:
-    """Writes down who trains (`train/ranks.json`), once all have the same recipe, data, versions and folder.
+def call(recipe: Recipe, run: Run, base: ResolvedModel, data: DataCard, world: World, device: torch.device) -> None:
+    """Writes down who trains (`train/ranks.json`), once all have the same recipe, base model, data, versions and folder.
 
     Raises:
         UsageError: naming what differs, and on which ranks.
@@ -39,6 +41,7 @@ def call(recipe: Recipe, run: Run, data: DataCard, world: World, device: torch.d
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in _PACKAGES},
         "recipe": fingerprint(recipe.train.model_dump(mode="json"), recipe.export.model_dump(mode="json"))[:16],
+        "base model": base.facts.fingerprint[:16],
         "training data": data.training_fingerprint[:16],
         "kind of device": device.type,
         "run folder": _seen(run, world),
@@ -63,7 +66,7 @@ def call(recipe: Recipe, run: Run, data: DataCard, world: World, device: torch.d
     if problems:
         raise UsageError(
             "the ranks are not about to do the same:\n" + "\n".join(problems),
-            hint="give every machine the same environment, the same recipe and a shared folder for runs (--runs-dir)",
+            hint="give every machine the same environment, the same recipe and model, and a shared folder for runs (--runs-dir)",
         )
     if world.is_first:
         ranks = [RankFacts.model_validate(one["own"]) for one in told]

@@ -102,7 +102,7 @@ def stage(
             is_long = are_long(plan.micro_batch_tokens, base.facts.hidden_size)
             with quiet(long_rows=is_long), Heartbeat(world, run.train, end or _end) as heart:
                 heart.at("the roll call")
-                roll.call(recipe, run, data, world, devices.choose(plan.machine.device))
+                roll.call(recipe, run, base, data, world, devices.choose(plan.machine.device))
                 training = _Training(recipe, run, base, data, plan, meter, world, heart)
                 if world.is_first:
                     _begin(run, inputs)

@@ -99,7 +99,7 @@ def _on_ranks(recipe: Recipe, run: Run, size: int, *more: str) -> None:
             except ChildFailedError as failed:
                 line.close()
                 if not line.errors:
-                    raise _unexplained(failed, run) from None
+                    raise _unexplained(failed, run, asked=line.stopping) from None
         line.close()
         if line.errors:
             raise line.errors[0]
@@ -124,8 +124,14 @@ def _environment(recipe: Recipe, size: int, path: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _unexplained(failed: ChildFailedError, run: Run) -> FullrankError:
+def _unexplained(failed: ChildFailedError, run: Run, *, asked: bool) -> FullrankError:
+    """What ended the ranks, of whom none has said why; `asked` where they had been asked to stop."""
     rank, failure = failed.get_first_failure()
+    if asked and failure.exitcode == -signal.SIGTERM:  # they load, or export: there is nothing to save that is not saved
+        return Stopped(
+            "stopped before the first step or after the last",
+            hint=f"type the same command to continue with what is in {run.train}",
+        )
     how = f"was ended by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
     return FullrankError(
         f"rank {rank} (process {failure.pid}) {how}, and the others were stopped",
@@ -144,7 +150,8 @@ class _Line:
     _threads: list[threading.Thread] = field(default_factory=list)
     _processes: list[int] = field(default_factory=list)
     _closed: threading.Event = field(default_factory=threading.Event)
-    _stopping: bool = False
+    stopping: bool = False
+    """Whether the ranks were asked to stop."""
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> _Line:
@@ -180,6 +187,8 @@ class _Line:
             while True:
                 rank, _ = self._server.accept()
                 self._ranks.append(rank)
+                if self.stopping:  # asked while this one was still starting
+                    _ask(rank)
                 self._spawn(self._hear, rank)
 
     def _hear(self, rank: socket.socket) -> None:
@@ -207,12 +216,16 @@ class _Line:
                 os.kill(process, signal.SIGKILL)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping:
+        if self.stopping:
             raise KeyboardInterrupt
-        self._stopping = True
+        self.stopping = True
         for rank in self._ranks:
-            with contextlib.suppress(OSError):
-                rank.sendall(b"stop\n")
+            _ask(rank)
+
+
+def _ask(rank: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        rank.sendall(b"stop\n")
 
 
 # ---- in a rank ------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,19 @@ def test_a_silent_rank_is_named_on_all_others(victim: int, tmp_path: Path, monke
         assert rank.ended[0] in (tmp_path / f"stacks-{number:04d}.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_leaves_by_an_error_is_not_waited_for(victim: int, tmp_path: Path) -> None:
+    """The others may be in a collective that waits for it, which NCCL does not notice."""
+    ranks = [Rank(number, tmp_path, silence_seconds=0.6) for number in range(RANKS)]
+    for rank in ranks:
+        rank.at("forward", 7)
+        rank.__enter__()
+    time.sleep(0.3)
+    ranks.pop(victim).__exit__(RuntimeError, RuntimeError("out of memory"), None)
+    wait_for_all(ranks)
+    assert all(rank.ended[0].startswith(f"rank {victim} has been silent for ") for rank in ranks)
+
+
 class _Stopped:
     """In place of the event that ends a heartbeat: from some moment on its thread hangs."""
 

@@ -18,6 +18,32 @@ def test_every_preset_says_where_it_comes_from(name: str) -> None:
     assert bf16.node_bytes_per_second >= bf16.network_bytes_per_second
 
 
+#: As data sheets print it: GB of memory, TFLOPS in bf16 and in fp32, GB/s of memory, GB/s of its links both ways, Gb/s of network
+#: a device. Where a sheet gives bf16 "with sparsity" alone, that is here, and halved below.
+PRINTED: dict[str, tuple[float, float, float, float, float, float]] = {
+    "a100-40g": (40, 624, 19.5, 1555, 600, 200),
+    "a100-80g": (80, 624, 19.5, 2039, 600, 200),
+    "h100-sxm": (80, 1979, 67, 3350, 900, 400),
+    "h200-sxm": (141, 1979, 67, 4800, 900, 400),
+    "b200": (180, 4500, 75, 7700, 1800, 400),  # a GPU of HGX B200
+    "mi300x": (192, 2614.9, 163.4, 5300, 7 * 128, 400),
+    "l40s": (48, 733, 91.6, 864, 64, 100),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_presets_are_what_vendors_print(name: str) -> None:
+    memory, sparse, fp32, bandwidth, links, network = PRINTED[name]
+    found = preset(name, "bf16")
+    assert found.memory_bytes == memory * 1e9
+    # Sheets round: 989.4 and 1,979, 362.05 and 733.
+    assert found.flops_per_second == pytest.approx(sparse / 2 * 1e12, rel=0.013)
+    assert preset(name, "fp32").flops_per_second == fp32 * 1e12
+    assert found.memory_bytes_per_second == bandwidth * 1e9
+    assert found.node_bytes_per_second == links / 2 * 1e9
+    assert found.network_bytes_per_second == network / 8 * 1e9
+
+
 def test_an_unknown_device_is_told_from_those_there_are() -> None:
     with pytest.raises(UsageError, match=r"no device 'h100'; did you mean 'h100-sxm'\?") as refused:
         known("h100")

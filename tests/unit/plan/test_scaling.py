@@ -20,7 +20,7 @@ from fullrank.parallel.groups import shapes_of
 from fullrank.plan.cluster import changed, preset
 from fullrank.plan.layouts import Looks
 from fullrank.plan.scaling import Subject, simulation, subject_of
-from fullrank.recipe import Recipe
+from fullrank.recipe import Parallel, Recipe
 from fullrank.records import Cluster, SimulatedRow, Simulation
 from fullrank.sequences.order import Order
 
@@ -156,13 +156,6 @@ def test_zero_has_the_plans_ledger_and_what_its_stage_sends(stage: int, case: St
     assert stage == 3 or most.communication_seconds < divided.communication_seconds
 
 
-def test_what_is_left_out_is_said(case: Staged) -> None:
-    recipe = Recipe.model_validate(case.recipe.model_dump() | {"parallel": {"context": 2}})
-    found = simulation(subject(case, parallel=recipe.parallel), cluster(), most=4)
-    assert any("parallel.context: 2 is left out" in words for words in found.assumptions)
-    assert found.rows == simulation(subject(case), cluster(), most=4).rows
-
-
 def test_the_last_number_of_devices_is_the_one_asked_for(case: Staged) -> None:
     assert [row.devices for row in rows(simulation(subject(case), cluster(), most=6), "strong")] == [1, 2, 4, 6]
     with pytest.raises(UsageError, match="--most: 2048 devices; allowed: 1 to 1,024"):
@@ -174,6 +167,18 @@ def test_what_goes_with_one_process_only_is_refused(case: Staged) -> None:
     assert simulation(spilled, cluster(), most=1).rows[0].fits
     with pytest.raises(UsageError, match="spill is for one process"):
         simulation(spilled, cluster(), most=2)
+
+
+def test_what_is_not_simulated_is_said(case: Staged) -> None:
+    """Ranks that share rows or repeat the model are simulated as ranks that do not."""
+    plain = simulation(subject(case), cluster(), most=2)
+    for parallel, words in (
+        ({"context": 2}, "parallel.context: 2 is left out"),
+        ({"replicas": 2}, "the recipe has 2 groups do so"),
+    ):
+        found = simulation(subject(case, parallel=Parallel.model_validate(parallel)), cluster(), most=2)
+        assert found.rows == plain.rows
+        assert any(words in one for one in found.assumptions) and not any(words in one for one in plain.assumptions)
 
 
 # ---- against what others have published -----------------------------------------------------------------------------
