@@ -2,7 +2,8 @@
 
 Reads `data/` and the export in `model/`; writes `evaluate/card.json` and every prompt, answer and score to
 `evaluate/predictions-<test>-<model>.jsonl`. Decoding is greedy, so there is no seed to choose. The base model may be given
-instructions that the tuned one has learned (`evaluate.base_instructions`); the record says so.
+instructions that the tuned one has learned (`evaluate.base_instructions`); the record says so. Answers are kept as they come: a
+stage that was killed goes on from them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fullrank.evaluate import metrics
+from fullrank.evaluate.answers import KeptAnswers
 from fullrank.evaluate.forgetting import Asked
 from fullrank.evaluate.metrics import Items
 from fullrank.evaluate.statistics import interval, paired_difference
@@ -70,7 +72,8 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
         return card
     run.tell("started", stage="evaluate")
     with Meter() as meter, new_folder(run.evaluate) as folder:
-        evaluation = _Evaluation(recipe, run, base, plan, stop_ids=data.stop_ids)
+        kept = KeptAnswers(run.root / ".evaluate.answers", current)
+        evaluation = _Evaluation(recipe, run, base, plan, kept, stop_ids=data.stop_ids)
         measured = {who: evaluation.measure(who) for who in _WHO}
         forgotten = evaluation.forgotten
         tests = {name: _compare({who: measured[who][name] for who in _WHO}) for name in measured["tuned"]}
@@ -88,6 +91,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
             forgotten=forgotten,
         )
         write_record(folder / "card.json", card)
+    kept.clear()
     run.tell("finished", stage="evaluate", seconds=card.seconds)
     return card
 
@@ -140,8 +144,10 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
 class _Evaluation:
     """What is the same for both models: items, template, decoding."""
 
-    def __init__(self, recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, *, stop_ids: list[int]) -> None:
-        self.recipe, self.run, self.base, self.stop_ids = recipe, run, base, stop_ids
+    def __init__(
+        self, recipe: Recipe, run: Run, base: ResolvedModel, plan: Plan, kept: KeptAnswers, *, stop_ids: list[int]
+    ) -> None:
+        self.recipe, self.run, self.base, self.kept, self.stop_ids = recipe, run, base, kept, stop_ids
         self.device = devices.choose(plan.machine.device)
         self.budget_tokens = plan.micro_batch_tokens
         self.tokenizer = load_tokenizer(run.model)  # as training had it, its chat template included
@@ -188,20 +194,22 @@ class _Evaluation:
     def _test(self, model: PreTrainedModel, who: Who, name: str, items: list[TestItem]) -> _Measured:
         prompts = [self._prompt(item, who) for item in items]
         prompt_ids = [self._prompt_ids(item, who) for item in items]
-        answers = [""] * len(items)
-        stopped = [False] * len(items)
-        for done, answer in enumerate(
-            greedy(
-                model,
-                prompt_ids,
-                stop_ids=self.stop_ids,
-                max_new_tokens=self.recipe.evaluate.max_new_tokens,
-            ),
-            start=1,
+        given = self.kept.take_up(f"{name}-{who}", prompt_ids)
+        left = [n for n in range(len(items)) if n not in given]
+        if given:
+            self.run.tell("note", stage="evaluate", words=f"{len(given)} answers of the {who} model to {name} are there already")
+        for answer in greedy(
+            model,
+            [prompt_ids[n] for n in left],
+            stop_ids=self.stop_ids,
+            max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            tell=lambda words: self.run.tell("note", stage="evaluate", words=words),
         ):
-            answers[answer.prompt] = str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
-            stopped[answer.prompt] = answer.stopped
-            self.run.show("answered", who=who, test=name, done=done, total=len(items))
+            text = str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
+            given[left[answer.prompt]] = text, answer.stopped
+            self.kept.add(f"{name}-{who}", left[answer.prompt], text, stopped=answer.stopped)
+            self.run.show("answered", who=who, test=name, done=len(given), total=len(items))
+        answers, stopped = [given[n][0] for n in range(len(items))], [given[n][1] for n in range(len(items))]
         references, places = [item.reference for item in items], [item.id for item in items]
         scores: dict[str, Items] = {}
         for task in self.recipe.evaluate.tasks:

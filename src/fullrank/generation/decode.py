@@ -1,22 +1,46 @@
-"""Greedy decoding in batches: prompts sorted by length, ended by any stop token, what all prompts begin with computed once.
+"""Greedy decoding of many prompts: each answer as if its prompt were alone, whatever is written beside it.
 
-Padding is masked by position. Answers come back with the number of their prompt, and say whether they ended by themselves.
+Prompts are taken longest first. As many are written side by side as a budget of bytes for their keys and values allows; one that
+ends makes room for the next at once, so that nothing is computed for texts that are finished, nor for padding, and what all
+prompts begin with is computed once (`fullrank.generation.slots`). Whether a model can be run this way is tried on the model
+itself first; one that cannot (state spaces, other memories than keys and values) is decoded by transformers (`.padded`), and the
+caller is told why. Where memory runs out, half as many texts go on, from the tokens they have.
+
+Answers are a function of the model and the prompts, up to rounding: of two tokens whose logits are all but equal either may win.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import contextlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fullrank.errors import DataError
+from fullrank.errors import DataError, FitError
+from fullrank.generation.padded import Padded
+from fullrank.generation.slots import Slots, attending_to_slots
+from fullrank.models.rows import RowModel
+from fullrank.parallel import device as devices
+
+#: Keys and values of the texts that are written side by side.
+CACHE_BYTES = 2 << 30
+
+#: Texts written side by side. Products of 64 rows come near the rate of a CPU; those of 128 are little faster.
+BATCH_SIZE = 64
 
 #: A common beginning shorter than this is not worth a forward pass of its own.
 _SHORTEST_SHARED = 16
+
+#: Tokens of the prompts that arrive in one forward pass (a longer prompt arrives alone).
+_ARRIVING_TOKENS = 2048
+
+#: Largest difference of a logit, relative to the largest logit, that rounding may explain.
+_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
+_TOLERANCE_OF_16_BITS = 3e-2
 
 #: Settings of a generation configuration that would make the likeliest token another one, or look for it another way.
 _BENDING = (
@@ -85,56 +109,79 @@ def greedy(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
+    cache_bytes: int = CACHE_BYTES,
+    tell: Callable[[str], None] | None = None,
 ) -> Iterator[Answer]:
-    """Answers to prompts, batch by batch (longest prompts first, so that memory trouble shows at once).
+    """Answers to prompts, each as soon as it is finished (longest prompts first, so that memory trouble shows at once).
 
     Args:
         model: in any mode; it is used in evaluation mode.
         prompts: prompt ids, at least one each.
         stop_ids: ids that end an answer.
         max_new_tokens: longest answer; less where the model's context leaves less room.
-        batch_size: prompts decoded together.
+        batch_size: most prompts decoded together.
+        cache_bytes: most bytes of the keys and values of what is decoded together, if each answer became as long as it may; one
+            prompt is decoded whatever it takes.
+        tell: is told what is not as usual: a model that transformers decodes, memory that ran out.
 
     Raises:
         DataError: a prompt fills the model's context.
+        FitError: memory runs out with a single prompt.
     """
+    order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
+    texts = [_Text(n, list(prompts[n]), room_for_answer(model, len(prompts[n]), max_new_tokens)) for n in order]
+    if not texts:
+        return
+    say = tell or (lambda _: None)
+    beginning = _shared_beginning(prompts)
     was_training = model.training
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
     try:
-        shared = _shared_beginning(model, prompts)
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            room = room_for_answer(model, max(len(prompts[n]) for n in numbers), max_new_tokens)
-            written = _decode(model, [prompts[n] for n in numbers], shared, greedy_arguments(stop_ids, room))
-            for n, row in zip(numbers, written, strict=True):
-                end = next((position for position, token in enumerate(row) if token in stop_ids), None)
-                yield Answer(n, row[:end], stopped=end is not None)
+        rows = RowModel(model)
+        if why := _against_slots(rows):
+            say(f"answers are decoded by transformers, a padded batch at a time: {why}")
+            yield from _padded(model, texts, beginning, stop_ids, batch_size, say)
+        else:
+            yield from _Writer(rows, beginning, stop_ids, batch_size, cache_bytes, say).answers(texts)
     finally:
         model.train(was_training)
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """What all prompts begin with: its ids and the keys and values of one row."""
+@dataclass(eq=False)
+class _Text:
+    """A prompt and what was written behind it so far."""
 
-    ids: list[int]
-    cache: DynamicCache | None
+    number: int
+    prompt: list[int]
+    room: int
+    """Most tokens of the answer."""
+    written: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.written
+
+    @property
+    def longest(self) -> int:
+        """Tokens that keys and values may come to be kept of: all but the last, which nothing follows."""
+        return len(self.prompt) + self.room - 1
+
+    def take(self, token: int, stop_ids: Collection[int]) -> Answer | None:
+        """The answer, if it ends with this token."""
+        if token in stop_ids:
+            return Answer(self.number, self.written, stopped=True)
+        self.written.append(token)
+        return Answer(self.number, self.written, stopped=False) if len(self.written) == self.room else None
 
 
-def _shared_beginning(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> _Shared:
-    nothing = _Shared([], None)
+def _shared_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with, at least one token of each left; empty where it is short."""
     if len(prompts) < 2:
-        return nothing
+        return []
     first, *others = (prompt[:-1] for prompt in prompts)
     length = min(_common(first, other) for other in others)
-    ids = list(first[:length])
-    if len(ids) < _SHORTEST_SHARED or not _remembers_everything(model):
-        return nothing
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return _Shared(ids, cache)
+    return list(first[:length]) if length >= _SHORTEST_SHARED else []
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -143,31 +190,228 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _remembers_everything(model: PreTrainedModel) -> bool:
-    """True when every layer attends to all keys: padding between the shared beginning and the rest would fill a window."""
-    config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return layer_types == {"full_attention"} and not getattr(config, "sliding_window", None)
+# ---- in slots -------------------------------------------------------------------------------------------------------
 
 
-def _decode(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], shared: _Shared, arguments: dict[str, Any]
-) -> list[list[int]]:
-    """New tokens of each prompt: the shared beginning, then padding, then the rest of the prompt, then what is generated."""
-    skip = len(shared.ids)
-    width = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.full((len(prompts), width), int(arguments["pad_token_id"]))
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        rest = len(prompt) - skip
-        ids_BT[row, :skip], mask_BT[row, :skip] = torch.tensor(shared.ids, dtype=torch.long), 1
-        ids_BT[row, width - rest :], mask_BT[row, width - rest :] = torch.tensor(prompt[skip:]), 1
-    if shared.cache is not None:
-        cache = copy.deepcopy(shared.cache)
-        cache.batch_repeat_interleave(len(prompts))
-        arguments = arguments | {"past_key_values": cache}
-    written_BN = cast(Any, model).generate(
-        input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), **arguments
-    )
-    rows: list[list[int]] = cast(torch.Tensor, written_BN)[:, width:].tolist()
-    return rows
+class _Steps:
+    """Forward passes over texts in slots."""
+
+    def __init__(self, rows: RowModel) -> None:
+        self._rows = rows
+        self.slots = Slots(rows.model.device)
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        with self._rows.ready(), attending_to_slots(self._rows.model):
+            yield
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Computes what all texts begin with."""
+        self._logits([], [ids], begins=True)
+
+    def logits(self, newest: Sequence[int], arriving: Sequence[Sequence[int]], most_tokens: int) -> torch.Tensor:
+        """logits_SV behind each running text's newest token and each arriving prompt, which run from now on.
+
+        Args:
+            newest: token of each running text.
+            arriving: ids behind the common beginning.
+            most_tokens: that any of them may come to have there.
+        """
+        longest = max([length + 1 for length in self.slots.lengths] + [len(ids) for ids in arriving])
+        self.slots.reserve(len(newest) + len(arriving), longest, most_tokens)
+        return self._logits(newest, arriving)
+
+    def _logits(self, newest: Sequence[int], arriving: Sequence[Sequence[int]], *, begins: bool = False) -> torch.Tensor:
+        row = self.slots.row(newest, arriving, begins=begins)
+        hidden_SH, head = self._rows.predictions(row)
+        self.slots.advance(row)
+        return hidden_SH if head is None else head.logits(hidden_SH)
+
+
+class _Writer:
+    """Texts of one model, some of them running, the others waiting."""
+
+    def __init__(
+        self,
+        rows: RowModel,
+        beginning: list[int],
+        stop_ids: Sequence[int],
+        batch_size: int,
+        cache_bytes: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._steps = _Steps(rows)
+        self._slots = self._steps.slots
+        self._beginning, self._stop_ids, self._say = beginning, frozenset(stop_ids), say
+        self._most, self._cache_bytes = batch_size, cache_bytes
+        self._running: list[_Text] = []
+        self._waiting: deque[_Text] = deque()
+
+    def answers(self, texts: Sequence[_Text]) -> Iterator[Answer]:
+        """Answers as they end; the model attends as usual while the caller has one."""
+        self._waiting.extend(texts)
+        while self._waiting or self._running:
+            ended: list[Answer] = []
+            with self._steps.ready():
+                while not ended and (self._waiting or self._running):
+                    ended = self._step()
+            yield from ended
+
+    def _step(self) -> list[Answer]:
+        """One more token of every running text, and the first of those that arrive; the answers that end with it."""
+        arriving: list[_Text] = []
+        trouble: BaseException | None = None
+        try:
+            if self._beginning and not self._slots.beginning_tokens:
+                self._steps.begin(self._beginning)
+            arriving = self._admitted()
+            newest, skip = [text.written[-1] for text in self._running], len(self._beginning)
+            most = max(text.longest for text in self._running + arriving) - skip
+            logits_SV = self._steps.logits(newest, [text.ids[skip:] for text in arriving], most)
+            tokens: list[int] = logits_SV.argmax(-1).tolist()
+        except (RuntimeError, MemoryError) as error:
+            if not devices.out_of_memory(error):
+                raise
+            trouble = error
+        if trouble is not None:  # outside of the handler, where the failed pass no longer holds its tensors
+            self._give_way(arriving, trouble.with_traceback(None))
+            return []
+        self._running += arriving
+        found = [text.take(token, self._stop_ids) for text, token in zip(self._running, tokens, strict=True)]
+        for number in reversed(range(len(found))):
+            if found[number] is not None:
+                self._slots.drop(number)
+                self._running[number] = self._running[-1]
+                self._running.pop()
+        return [answer for answer in found if answer is not None]
+
+    def _admitted(self) -> list[_Text]:
+        """Those of the waiting that start now: as many as the budget allows once all texts are as long as they may become."""
+        found: list[_Text] = []
+        tokens = 0
+        skip, size = len(self._beginning), self._slots.bytes_per_token
+        longest = max((text.longest for text in self._running), default=0)
+        while self._waiting and len(self._running) + len(found) < self._most:
+            text = self._waiting[0]
+            longest = max(longest, text.longest)
+            tokens += len(text.ids) - skip
+            texts = len(self._running) + len(found) + 1
+            if texts > 1 and (texts * (longest - skip) + skip) * size > self._cache_bytes:
+                break
+            if found and (not size or tokens > _ARRIVING_TOKENS):  # the first pass tells what a token takes
+                break
+            found.append(self._waiting.popleft())
+        return found
+
+    def _give_way(self, arriving: list[_Text], error: BaseException) -> None:
+        """Goes on with half as many texts; those that were running arrive again, with what was written of them.
+
+        Raises:
+            FitError: there was only one.
+        """
+        texts = self._running + arriving
+        if len(texts) < 2:
+            tokens = len(texts[0].ids) if texts else len(self._beginning)
+            raise FitError(
+                f"memory runs out while one text of {tokens} tokens is continued",
+                hint="shorten the prompts or evaluate.max_new_tokens, or use a machine with more memory",
+            ) from error
+        self._most = len(texts) // 2
+        self._say(f"memory ran out while {len(texts)} texts were written side by side: {self._most} go on")
+        self._waiting = deque(sorted([*texts, *self._waiting], key=lambda text: (-len(text.ids), text.number)))
+        self._running = []
+        self._slots.clear()
+        if self._slots.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _against_slots(rows: RowModel) -> str:
+    """What stands against writing a model's texts in slots; empty where the logits are those of each text alone.
+
+    Random tokens: two texts arrive behind a common beginning, a third while they run, the first ends, and two more tokens are
+    written; then the logits of all are compared with the model's own.
+    """
+    model = rows.model
+    if not rows.packs:
+        return rows.why
+    if kinds := _stretched(model):
+        return f"its positions depend on the longest text of a batch ({kinds})"
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    beginning, *rests = (torch.randint(vocabulary, (length,), generator=draw).tolist() for length in (7, 5, 9, 3))
+    texts = [[*beginning, *rest] for rest in rests]
+    steps = _Steps(rows)
+    try:
+        with steps.ready():
+            steps.begin(beginning)
+
+            def step(running: list[list[int]], arriving: list[list[int]]) -> torch.Tensor:
+                newest, new = [text[-1] for text in running], [text[len(beginning) :] for text in arriving]
+                logits_SV = steps.logits(newest, new, 16)
+                for text, token in zip([*running, *arriving], logits_SV.argmax(-1).tolist(), strict=True):
+                    text.append(token)
+                return logits_SV
+
+            step([], texts[:2])
+            step(texts[:2], texts[2:])
+            steps.slots.drop(0)
+            running = [texts[2], texts[1]]
+            step(running, [])
+            found = step(running, []).float()
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        if devices.out_of_memory(error):
+            raise
+        return f"its forward pass takes no slots ({error})"
+    alone = [
+        model(input_ids=torch.tensor([text[:-1]], device=model.device), use_cache=False).logits[0, -1].float() for text in running
+    ]
+    wanted = torch.stack(alone)
+    most = _TOLERANCES.get(model.dtype, _TOLERANCE_OF_16_BITS) * wanted.abs().max()
+    return "" if (found - wanted).abs().max() <= most else "its logits are others in slots"
+
+
+def _stretched(model: PreTrainedModel) -> str:
+    """Rotary embeddings that are scaled by the longest text in sight, by name."""
+    config: Any = model.config.get_text_config()
+    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [told, *(some for some in told.values() if isinstance(some, dict))]
+    kinds = {str(some.get("rope_type", some.get("type"))) for some in nested}
+    return ", ".join(sorted(kinds & {"dynamic", "longrope"}))
+
+
+# ---- by transformers ------------------------------------------------------------------------------------------------
+
+
+def _padded(
+    model: PreTrainedModel,
+    texts: Sequence[_Text],
+    beginning: list[int],
+    stop_ids: Sequence[int],
+    batch_size: int,
+    say: Callable[[str], None],
+) -> Iterator[Answer]:
+    batches = Padded(model, beginning)
+    start = 0
+    while start < len(texts):
+        batch = texts[start : start + batch_size]
+        room = max(text.room for text in batch)
+        trouble: BaseException | None = None
+        try:
+            written = batches.written([text.prompt for text in batch], greedy_arguments(stop_ids, room))
+        except (RuntimeError, MemoryError) as error:
+            if not devices.out_of_memory(error):
+                raise
+            trouble = error
+        if trouble is not None:
+            if len(batch) < 2:
+                raise FitError(
+                    f"memory runs out while one text of {len(batch[0].prompt)} tokens is continued",
+                    hint="shorten the prompts or evaluate.max_new_tokens, or use a machine with more memory",
+                ) from trouble.with_traceback(None)
+            batch_size = len(batch) // 2
+            say(f"memory ran out while {len(batch)} texts were written side by side: {batch_size} go on")
+            continue
+        for text, row in zip(batch, written, strict=True):
+            answers = (text.take(token, stop_ids) for token in row)
+            yield next(answer for answer in answers if answer is not None)
+        start += len(batch)

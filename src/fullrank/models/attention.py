@@ -122,8 +122,8 @@ def attend(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     else:
-        mask_TT = _remembered(row, ("mask", sliding_window, query.device), _row_mask)
-        out = _dense(query, key, value, mask_TT, scale, dropout, softcap, s_aux)
+        mask_TT = _remembered(row, ("mask", sliding_window, query.device), row_mask)
+        out = dense(query, key, value, mask_TT, scale, dropout, softcap, s_aux)
     return out.transpose(1, 2), None
 
 
@@ -163,7 +163,7 @@ def _below(row: MicroBatch, device: torch.device) -> torch.Tensor:
     return below_T.to(device)
 
 
-def _row_mask(row: MicroBatch, window: int | None, device: torch.device) -> torch.Tensor:
+def row_mask(row: MicroBatch, window: int | None, device: torch.device) -> torch.Tensor:
     """mask_TT: whether a query attends to a key."""
     below_T = _below(row, device)
     at_T, positions_T = torch.arange(row.tokens, device=device), row.position_ids_1T[0].to(device)
@@ -173,7 +173,7 @@ def _row_mask(row: MicroBatch, window: int | None, device: torch.device) -> torc
     return mask_TT
 
 
-def _dense(
+def dense(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -183,7 +183,7 @@ def _dense(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    key, value = (_for_every_head(some, query.shape[1]) for some in (key, value))
+    key, value = (for_every_head(some, query.shape[1]) for some in (key, value))
     if softcap is None and s_aux is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, mask_TT, dropout_p=dropout, scale=scale)
     scores_1HTT = query @ key.transpose(2, 3) * scale
@@ -197,7 +197,7 @@ def _dense(
     return nn.functional.dropout(shares, p=dropout, training=dropout > 0) @ value
 
 
-def _for_every_head(some_1KTD: torch.Tensor, heads: int) -> torch.Tensor:
+def for_every_head(some_1KTD: torch.Tensor, heads: int) -> torch.Tensor:
     groups = heads // some_1KTD.shape[1]
     return some_1KTD if groups == 1 else some_1KTD.repeat_interleave(groups, dim=1)
 
@@ -285,7 +285,7 @@ _ROUNDING = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 # ---- block by block -------------------------------------------------------------------------------------------------
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Queries [low, high) against keys [start, end) of the row."""
 
     low: int
@@ -297,7 +297,7 @@ class _Block(NamedTuple):
     """Added to the scores where a sliding window cuts into the block."""
 
 
-def blocks_of(segments: Sequence[Segment], positions_T: torch.Tensor, window: int | None, dtype: torch.dtype) -> list[_Block]:
+def blocks_of(segments: Sequence[Segment], positions_T: torch.Tensor, window: int | None, dtype: torch.dtype) -> list[Block]:
     """The blocks of the score matrix that hold anything.
 
     Args:
@@ -306,22 +306,22 @@ def blocks_of(segments: Sequence[Segment], positions_T: torch.Tensor, window: in
         window: a token attends to itself and the window - 1 positions before it; None for all.
         dtype: of the scores.
     """
-    blocks: list[_Block] = []
+    blocks: list[Block] = []
     for segment in segments:
         start, end, below = segment.start, segment.end, segment.below
         if start < end:
             is_near = window is None or end - start <= window
             mask = None if is_near or window is None else _windowed(positions_T, start, end, start, end, window, dtype)
-            blocks.append(_Block(start, end, start, end, mask is None, mask))
+            blocks.append(Block(start, end, start, end, mask is None, mask))
         if end < below and start < end:
             deepest = int(positions_T[end:below].max())
             if window is None or deepest - segment.depth < window:
-                blocks.append(_Block(end, below, start, end, False, None))
+                blocks.append(Block(end, below, start, end, False, None))
             else:
                 mask = _windowed(positions_T, end, below, start, end, window, dtype)
                 near = positions_T[end:below] - (segment.depth + end - start - 1) < window  # those that see anything of it
                 if near.any():
-                    blocks.append(_Block(end, below, start, end, False, mask))
+                    blocks.append(Block(end, below, start, end, False, mask))
     return blocks
 
 
@@ -333,8 +333,65 @@ def _windowed(
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def _row_blocks(row: MicroBatch, window: int | None, dtype: torch.dtype) -> list[_Block]:
+def _row_blocks(row: MicroBatch, window: int | None, dtype: torch.dtype) -> list[Block]:
     return blocks_of(row.segments, row.position_ids_1T[0], window, dtype)
+
+
+def over_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Sequence[Block], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out_1HTD and lse_1HT of query_1HTD, key_1KTD and value_1KTD over blocks; see the head of this module."""
+    keys, values = (for_every_head(some, query.shape[1]) for some in (key, value))
+    # Tokens before heads in memory, as the projection that follows reads it.
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
+    lse = torch.empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    for block in sorted(blocks, key=lambda b: b.low != b.start):  # the diagonal first: every query has something there
+        low, high, start, end, causal, mask = block
+        part, lse_part = flash(
+            query[:, :, low:high], keys[:, :, start:end], values[:, :, start:end], mask, scale=scale, causal=causal
+        )
+        if low == start:
+            out[:, :, low:high], lse[:, :, low:high] = part, lse_part
+        else:
+            merge(out[:, :, low:high], lse[:, :, low:high], part, lse_part)
+    return out, lse
+
+
+def flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The CPU's kernel: out and lse of queries against keys of as many heads.
+
+    Args:
+        query: (batch, heads, queries, size).
+        key: (batch, heads, keys, size).
+        value: (batch, heads, keys, size).
+        mask: added to the scores, (..., queries, keys); a query that sees nothing comes back with lse -inf and out 0.
+        scale: on the scores.
+        causal: query n sees the keys up to n.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    if mask is not None:
+        blind = (mask == float("-inf")).all(dim=-1)
+        if blind.any():
+            lse = lse.masked_fill(blind, float("-inf"))
+            out = out.masked_fill(blind[..., None], 0.0)
+    return out, lse
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, lse_part: torch.Tensor) -> None:
+    """Puts another part of what queries see into `out` and `lse`, in place."""
+    both = torch.logaddexp(lse, lse_part)
+    out.mul_((lse - both).exp_()[..., None]).addcmul_(part, (lse_part - both).exp_()[..., None])
+    lse.copy_(both)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -342,29 +399,9 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[_Block], scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scale: float
     ) -> torch.Tensor:
-        keys, values = (_for_every_head(some, query.shape[1]) for some in (key, value))
-        # Tokens before heads in memory, as the projection that follows reads it.
-        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        lse = torch.empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
-        for block in sorted(blocks, key=lambda b: b.low != b.start):  # the diagonal first: every query has something there
-            low, high, start, end, causal, mask = block
-            part, lse_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, low:high], keys[:, :, start:end], values[:, :, start:end], 0.0, causal, attn_mask=mask, scale=scale
-            )
-            if low == start:
-                out[:, :, low:high], lse[:, :, low:high] = part, lse_part
-                continue
-            if mask is not None:  # a query whose window sees nothing here
-                blind = (mask == float("-inf")).all(dim=1)
-                lse_part = lse_part.masked_fill(blind, float("-inf"))
-                part = part.masked_fill(blind[:, None], 0.0)
-            before = lse[:, :, low:high]
-            both = torch.logaddexp(before, lse_part)
-            merged = out[:, :, low:high]
-            merged.mul_((before - both).exp_()[..., None]).addcmul_(part, (lse_part - both).exp_()[..., None])
-            before.copy_(both)
+        out, lse = over_blocks(query, key, value, blocks, scale)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.blocks, ctx.scale = blocks, scale
         return out
@@ -373,7 +410,7 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         heads = query.shape[1]
-        keys, values = (_for_every_head(some, heads) for some in (key, value))
+        keys, values = (for_every_head(some, heads) for some in (key, value))
         grad_query, grad_keys, grad_values = (torch.zeros_like(some) for some in (query, keys, values))
         for low, high, start, end, causal, mask in ctx.blocks:
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -91,6 +91,12 @@ def _number_in(path: Path) -> int | None:
         return None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's CPU allocator and some libraries say so in words only."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in words or "allocate memory" in words
+
+
 def device_peak_bytes(device: torch.device) -> int | None:
     """Most memory tensors held on an accelerator since `reset_peak`; None where tensors live in the process's own memory."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

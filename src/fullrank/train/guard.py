@@ -12,8 +12,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 
-import torch
-
 from fullrank.errors import TrainingError
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.store import TokenStore
@@ -55,12 +53,6 @@ def check_finite_validation(loss: float, step: int) -> None:
             f"the validation loss is {loss} after step {step}",
             hint="a lower train.optimizer.learning_rate or more warmup often helps; the base model's own loss is that of step 0",
         )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch's CPU allocator and some libraries say so in words only."""
-    words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in words or "allocate memory" in words
 
 
 class Interrupted(Exception):

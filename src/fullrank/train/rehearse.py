@@ -29,7 +29,7 @@ from fullrank.run import Run, fingerprint, read_record, write_record
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint
-from fullrank.train.guard import named_examples, out_of_memory
+from fullrank.train.guard import named_examples
 from fullrank.train.setup import Setup
 from fullrank.units import format_bytes
 
@@ -120,7 +120,7 @@ def _tried(setup: Setup, run: Run, plan: Plan, validation: TokenStore) -> tuple[
             seconds = time.monotonic() - started
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             is_alone = setup.world.size == 1 and setup.zeroed is None
-            if not out_of_memory(error) or not is_alone:  # other ranks wait within the step, and DeepSpeed is amid one
+            if not devices.out_of_memory(error) or not is_alone:  # other ranks wait within the step, and DeepSpeed is amid one
                 raise
             return "out of memory", meter.peak_bytes, seconds
         finally:

@@ -48,7 +48,7 @@ from fullrank.run import (
 )
 from fullrank.sequences.store import TokenStore
 from fullrank.train import checkpoint, proof, roll
-from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation, out_of_memory
+from fullrank.train.guard import Interrupted, StopRequest, check_finite, check_finite_validation
 from fullrank.train.loop import Step, steps, validation_loss
 from fullrank.train.rehearse import rehearsed
 from fullrank.train.setup import set_up
@@ -108,7 +108,7 @@ def stage(
                     _begin(run, inputs)
                 training.fit()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not devices.out_of_memory(error):
                 raise
             raise FitError(
                 f"out of memory, although {format_bytes(plan.peak_bytes_predicted)} were "

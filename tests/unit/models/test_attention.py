@@ -135,7 +135,7 @@ def test_flex_attention_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatc
     def stand_in(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any) -> torch.Tensor:
         tokens = query.shape[2]
         mask = create_mask(named["block_mask"].mask_mod, None, None, tokens, tokens, device="cpu")[0, 0]
-        return factor * attention._dense(query, key, value, mask, named["scale"], 0.0, 2.0, None)
+        return factor * attention.dense(query, key, value, mask, named["scale"], 0.0, 2.0, None)
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: stand_in)
     config = tiny.config("gemma2", 300)
