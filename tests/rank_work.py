@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,20 @@ import pytest
 import tiny
 import torch
 from double import everything_double
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import PreTrainedModel
 
 from fullrank.errors import ModelError
 from fullrank.models.attention import attend
 from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.rows import RowModel
 from fullrank.models.source import resolve
+from fullrank.optim.shelf import OnDisk
 from fullrank.parallel import ring, traffic
 from fullrank.parallel.engine import Engine
 from fullrank.parallel.fsdp2 import Fsdp2
 from fullrank.parallel.groups import freeze
-from fullrank.parallel.sharded import load_sharded
+from fullrank.parallel.sharded import computing_device, load_sharded, sharded_modules
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import World
 from fullrank.parallel.zero import Zero
@@ -38,7 +41,7 @@ from fullrank.sequences.parts import part_of
 from fullrank.sequences.store import Example
 from fullrank.train import checkpoint, proof
 from fullrank.train.loop import Layout, validation_loss
-from fullrank.train.setup import mesh_of
+from fullrank.train.setup import engine_for, load_divided, mesh_of
 
 #: Examples of a step.
 STEP = 6
@@ -68,6 +71,10 @@ class Asked:
     checkpoints: str = ""
     """Where a checkpoint is written after the last step, and read from before the first."""
     budget: int = 64
+    offload: bool = False
+    """Whether parts wait in host memory (`astray`)."""
+    on_disk: bool = False
+    """Whether optimizer states wait in a file."""
     alike: bool = False
     """Whether examples begin alike, and some are there twice."""
 
@@ -85,9 +92,12 @@ def engine_of(world: World, asked: Asked, *, divided: bool = True) -> Engine:
         zeroed = load_zeroed(folder, world, settings, device=torch.device("cpu"), dtype=asked.dtype, frozen=train.frozen)
         return Zero(RowModel(zeroed.model, entry=zeroed.engine), train, zeroed=zeroed, recompute=asked.recompute)
     mesh = mesh_of(world, asked.replicas, "cpu")
-    model = load_sharded(folder, mesh, dtype=asked.dtype, compute_type=asked.compute_type, frozen=train.frozen)
-    rows = RowModel(model, ring=ring.ring_of(world, asked.context, "cpu"))
-    return Fsdp2(rows, train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync)  # type: ignore[arg-type]
+    model = load_sharded(
+        folder, mesh, dtype=asked.dtype, compute_type=asked.compute_type, frozen=train.frozen, offload=asked.offload
+    )
+    rows = RowModel(model, ring=ring.ring_of(world, asked.context, "cpu"), device=computing_device(mesh))
+    states = OnDisk(Path(tempfile.mkdtemp())) if asked.on_disk else None
+    return Fsdp2(rows, train, world=world, mesh=mesh, recompute=asked.recompute, sync=asked.sync, states=states)  # type: ignore[arg-type]
 
 
 def zero_settings(zero: dict[str, Any], ranks: int) -> dict[str, Any]:
@@ -120,8 +130,21 @@ def stepped(world: World, asked: Asked, divided: bool = True) -> dict[str, Any]:
         world = World()
     if asked.zero:
         deepspeed_for("cpu", world)  # before types change their names
-    with everything_double() if asked.dtype == torch.float64 else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if asked.dtype == torch.float64:
+            stack.enter_context(everything_double())
+        if asked.offload and divided:
+            stack.enter_context(astray())
         return _stepped(world, asked, divided)
+
+
+@contextlib.contextmanager
+def astray() -> Iterator[None]:
+    """A model tells where its parameters are, which is not where it computes if they wait in host memory. On a CPU both are one
+    place: here models name another, so that whoever asks them fails as it would beside an accelerator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "device", property(lambda model: torch.device("meta")))
+        yield
 
 
 def _stepped(world: World, asked: Asked, divided: bool) -> dict[str, Any]:
@@ -178,7 +201,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
 def exported(world: World, asked: Asked, folder: str, base: str) -> dict[str, Any]:
     """Writes the model as ranks write it; what the first one found."""
-    engine = engine_of(world, asked)
+    with astray() if asked.offload else contextlib.nullcontext():
+        engine = engine_of(world, asked)
     assert isinstance(engine, Fsdp2)
     if not world.is_first:
         return {"names": [name for name, _ in engine.whole_weights()]}
@@ -193,6 +217,51 @@ def exported(world: World, asked: Asked, folder: str, base: str) -> dict[str, An
         folder=Path(folder),
     )
     return {"unchanged": unchanged, "digests": digests}
+
+
+def moved_parts(world: World, asked: Asked) -> list[str]:
+    """Parameters whose part lies elsewhere after a step than when it was loaded, or than where the engine updates it."""
+    model = load_sharded(
+        Path(asked.folder), mesh_of(world, 1, "cpu"), dtype=asked.dtype, compute_type=asked.compute_type, offload=asked.offload
+    )
+    loaded = {name: _address(p) for name, p in model.named_parameters()}
+    rows, train = RowModel(model), Train(precision="fp32")
+    engine = Fsdp2(rows, train, world=world, mesh=mesh_of(world, 1, "cpu"), recompute="none", sync="row")
+    step = dealt(micro_batches(examples(), list(range(STEP)), asked.budget, packed=True, ranks=world.size), world.size)[
+        world.rank
+    ]
+    assert engine.step(step, 10, learning_rate=1e-2, seed=0).updated
+    updated = {name: piece.data_ptr() for name, piece in engine.weights().items()}
+    engine.close()
+    found = {name: _address(p) for name, p in model.named_parameters()}
+    return [name for name in found if not found[name] == loaded[name] == updated[name]]
+
+
+def _address(p: Any) -> int:
+    return int(p.to_local().data_ptr())
+
+
+def offloaded_as_written(world: World, folder: str, states: str, parallel: dict[str, Any]) -> tuple[bool, str | None]:
+    """(whether FSDP2 was told to offload, where states wait) with what a recipe says."""
+    sections = {
+        "machine": {"optimizer_states": states},
+        "parallel": {"engine": "fsdp2", **parallel},
+        "train": {"precision": "fp32"},
+    }
+    recipe = Recipe.model_validate({"name": "t", "model": {"source": "m"}, "data": {"train": "t.jsonl"}, **sections})
+    mesh = mesh_of(world, 1, "cpu")
+    rows = load_divided(recipe, Path(folder), mesh, None)
+    engine = engine_for(recipe, rows, "none", Path(tempfile.mkdtemp()) / "waiting", world, mesh)
+    (place,) = {type(group.offload_policy) for state in sharded_modules(rows.model) for group in _groups(state)}
+    shelves = [type(shelf).__name__ for shelf in engine._shelves]
+    engine.close()
+    return place is CPUOffloadPolicy, shelves[0] if shelves else None
+
+
+def _groups(module: Any) -> list[Any]:
+    """What FSDP2 keeps of a module, by the names that its releases have for it."""
+    state = module._get_fsdp_state()
+    return list(getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group])
 
 
 def watched_sum(world: World, seconds: float) -> dict[str, float]:

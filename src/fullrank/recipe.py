@@ -532,13 +532,14 @@ class Parallel(Section):
 
     engine: Literal["auto", "fsdp2", "deepspeed"] = "auto"
     """What computes steps. fsdp2: PyTorch's fully sharded data parallelism, each rank holding a part of weights, gradients and
-    optimizer states. deepspeed: ZeRO, for adamw and lomo. auto: fsdp2 for several ranks; a single one needs no engine of that
-    kind."""
+    optimizer states. deepspeed: ZeRO, for adamw and lomo. auto: fsdp2 for several ranks, and where parameters are offloaded; a
+    single one needs no engine of that kind otherwise."""
     zero_stage: Literal[1, 2, 3, "auto"] = "auto"
     """deepspeed: what is divided among ranks. 1: optimizer states; 2: gradients too; 3: weights as well. auto: what
     deepspeed_config says, else 3, which takes least memory."""
     offload_parameters: bool = False
-    """deepspeed, stage 3: keep each rank's part of the weights in host memory beside a CUDA device. For the optimizer:
+    """Keep each rank's part of the weights in host memory beside a CUDA device. fsdp2: gradients are taken there and the update
+    is computed there, so that machine.optimizer_states must be host, or disk. deepspeed: of stage 3; the optimizer's by
     machine.optimizer_states: host."""
     deepspeed_config: str | None = None
     """deepspeed: a DeepSpeed configuration of your own (JSON), relative to the recipe's folder, then to the working directory.
@@ -553,6 +554,11 @@ class Parallel(Section):
     """Ranks that share each row of tokens (ring attention), for examples whose activations are too many for one; it divides the
     ranks. 1: each rank computes rows of its own, which needs fewer messages."""
 
+    @property
+    def needs_engine(self) -> bool:
+        """Whether a single rank needs an engine of several, too."""
+        return self.engine != "auto" or self.offload_parameters
+
     @field_validator("ranks")
     @classmethod
     def _at_least_one(cls, ranks: int | str) -> int | str:
@@ -563,8 +569,7 @@ class Parallel(Section):
     @model_validator(mode="after")
     def _of_the_engine(self) -> Parallel:
         if self.engine != "deepspeed":
-            given = {"zero_stage": self.zero_stage != "auto", "offload_parameters": self.offload_parameters}
-            given["deepspeed_config"] = self.deepspeed_config is not None
+            given = {"zero_stage": self.zero_stage != "auto", "deepspeed_config": self.deepspeed_config is not None}
             if meant := [key for key, is_given in given.items() if is_given]:
                 raise ValueError(f"`{meant[0]}` belongs to engine: deepspeed, and the engine is {self.engine}")
         elif self.offload_parameters and self.zero_stage in (1, 2):

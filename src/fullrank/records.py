@@ -372,6 +372,8 @@ class Plan(StageRecord):
     """Groups of them that hold the model once each."""
     context: int
     """Of them, that share each row."""
+    offload_parameters: bool = False
+    """Whether weights wait in host memory, a part with each rank."""
     sync: Literal["step", "row"]
     """When gradients are summed over ranks: once a step, until when each rank has them whole, or after every row."""
     examples: int
@@ -422,7 +424,7 @@ class Plan(StageRecord):
 
     @property
     def waiting(self) -> str:
-        """`gradients` and `optimizer_states` in words; empty where both are kept in memory."""
+        """`gradients`, `optimizer_states` and `offload_parameters` in words; empty where all is kept in memory."""
         place = "host memory" if self.machine.device == "cuda" else "a file"
         gradients = {
             "keep": "",
@@ -432,7 +434,8 @@ class Plan(StageRecord):
         states = {"device": "", "host": "optimizer states in host memory", "disk": "optimizer states in a file"}[
             self.optimizer_states
         ]
-        return ", ".join(filter(None, (gradients, states)))
+        weights = "weights in host memory" if self.offload_parameters else ""
+        return ", ".join(filter(None, (gradients, weights, states)))
 
 
 # ---- simulation -----------------------------------------------------------------------------------------------------

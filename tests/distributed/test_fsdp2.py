@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_work import Asked, best_read, differences, exported, stepped
+from rank_work import Asked, best_read, differences, exported, moved_parts, offloaded_as_written, stepped
 from ranks import Ranks
 
 from fullrank.models import export
@@ -57,6 +57,11 @@ def test_two_ranks_learn_what_one_process_does(family: str, ranks: Worlds, tiny_
         (2, {"recompute": "block"}),
         (2, {"recompute": "selective", "sync": "row"}),
         (2, {"train": {"frozen": ["model.embed_tokens", "model.layers.0.*"]}}),
+        (1, {"offload": True}),
+        (2, {"offload": True, "recompute": "block"}),
+        (2, {"offload": True, "sync": "row", "on_disk": True}),
+        (4, {"offload": True, "replicas": 2, "train": {"frozen": ["model.embed_tokens", "model.layers.0.*"]}}),
+        (2, {"offload": True, "context": 2}),
     ],
     ids=str,
 )
@@ -120,16 +125,16 @@ def test_ranks_take_about_as_many_tokens_and_every_example_once(ranks: Worlds, t
         assert len({len(one["orders"][step]) for one in found}) == 1  # rows, idle ones among them
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "offload"), [("llama", False), ("qwen3", False), ("qwen3_moe", False), ("qwen3_moe", True)])
 def test_an_export_of_four_ranks_has_the_bytes_of_one(
-    family: str, ranks: Worlds, tiny_model_folder: Folder, tmp_path: Path
+    family: str, offload: bool, ranks: Worlds, tiny_model_folder: Folder, tmp_path: Path
 ) -> None:
     """The same weights, cast, named and put together as transformers has them; experts are stored one by one."""
     folder = tiny_model_folder(family)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for made in (ours, theirs):
         made.mkdir()
-    first, *_ = ranks(4).ask(exported, Asked(str(folder), dtype=torch.float32), str(ours), str(folder))
+    first, *_ = ranks(4).ask(exported, Asked(str(folder), dtype=torch.float32, offload=offload), str(ours), str(folder))
     model = load_model(folder, device=torch.device("cpu"))
     assert sorted(first["unchanged"]) == sorted(name for name, _ in model.named_parameters())
     export.cast(model, torch.bfloat16)
@@ -180,7 +185,7 @@ def test_a_checkpoint_of_one_process_is_read_by_ranks(ranks: Worlds, tiny_model_
     going_on = replace(asked, checkpoints=str(tmp_path), first=3, steps=2)
     wanted = stepped(World(), going_on, False)
     for size in (1, 2, 4):
-        same(ranks(size).ask(stepped, going_on)[0], wanted, CLOSE)
+        same(ranks(size).ask(stepped, replace(going_on, offload=size == 2))[0], wanted, CLOSE)
 
 
 def test_one_process_goes_on_with_what_an_engine_of_one_rank_saved(
@@ -198,3 +203,56 @@ def test_the_best_weights_are_read_back(replicas: int, ranks: Worlds, tiny_model
     asked = Asked(str(tiny_model_folder("llama")), dtype=torch.float32, replicas=replicas, checkpoints=str(tmp_path))
     for saved, read in ranks(2).ask(best_read, asked):
         assert differences(read, saved) == 0.0
+
+
+def test_what_was_offloaded_is_saved_and_read_as_anything_else(ranks: Worlds, tiny_model_folder: Folder, tmp_path: Path) -> None:
+    """Saved by two ranks whose parts wait in host memory; continued by them, by two that hold theirs, by one process."""
+    asked = Asked(str(tiny_model_folder("llama")), steps=3, offload=True, checkpoints=str(tmp_path))
+    ranks(2).ask(stepped, asked)
+    going_on = replace(asked, first=3, steps=2)
+    wanted = stepped(World(), going_on, False)
+    two, again = (ranks(2).ask(stepped, going_on)[0] for _ in range(2))
+    assert two["losses"] == again["losses"] and differences(two["weights"], again["weights"]) == 0.0
+    for found in (two, ranks(2).ask(stepped, replace(going_on, offload=False))[0]):
+        same(found, wanted, CLOSE)
+
+
+# ---- parts in host memory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_memory_that_is_updated_is_the_one_that_is_gathered(offload: bool, ranks: Worlds, tiny_model_folder: Folder) -> None:
+    """FSDP2 puts parts that it has to fill up or page-lock into other memory: before anybody holds them."""
+    asked = Asked(str(tiny_model_folder("llama", intermediate_size=47)), dtype=torch.float32, offload=offload)
+    for one in ranks(2).ask(moved_parts, asked):
+        assert one == []
+
+
+@pytest.mark.parametrize("sync", ["step", "row"])
+def test_offloaded_weights_of_16_bits_get_their_gradients_in_fp32(sync: str, ranks: Worlds, tiny_model_folder: Folder) -> None:
+    """Parts of matrices with 47 rows are of two sizes, and the smaller ones filled up where sums lie one after the other."""
+    asked = Asked(
+        str(tiny_model_folder("llama", intermediate_size=47)),
+        train={"precision": "bf16-stochastic"},
+        dtype=torch.bfloat16,
+        compute_type=torch.float32,
+        sync=sync,
+        offload=True,
+    )
+    away = ranks(2).ask(stepped, asked)[0]
+    here = ranks(2).ask(stepped, replace(asked, offload=False))[0]
+    assert away["losses"] == here["losses"] and differences(away["weights"], here["weights"]) == 0.0
+    wide = ranks(1).ask(stepped, asked)[0]
+    differing = sum(int((tensor != wide["weights"][name]).sum()) for name, tensor in away["weights"].items())
+    # A gradient's last bits decide one rounding in thousands, and a weight that was rounded otherwise some more in later steps.
+    assert differing <= 2e-2 * sum(tensor.size for tensor in away["weights"].values())
+    assert np.allclose(away["losses"], wide["losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("states", "shelf"), [("host", None), ("disk", "OnDisk")])
+def test_a_recipe_that_offloads_has_states_lie_with_the_weights(
+    states: str, shelf: str | None, ranks: Worlds, tiny_model_folder: Folder
+) -> None:
+    parallel = {"offload_parameters": True}
+    assert ranks(1).ask(offloaded_as_written, str(tiny_model_folder("llama")), states, parallel) == [(True, shelf)]
+    assert ranks(1).ask(offloaded_as_written, str(tiny_model_folder("llama")), "host", {}) == [(False, "InHost")]

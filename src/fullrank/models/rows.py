@@ -45,6 +45,7 @@ class RowModel:
         ring: of the ranks that share each row with this one, where they do.
         entry: what is called for a forward pass: an engine that stands around the model and must hear of each; the model itself
             by default.
+        device: that computes; the model's own by default, which is another one where weights wait beside it.
 
     Raises:
         ModelError: rows are to be shared, and this model's cannot be.
@@ -58,23 +59,25 @@ class RowModel:
         widened: Widened | None = None,
         ring: Ring | None = None,
         entry: Callable[..., Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model, self.widened, self.ring = model, widened, ring
+        self.device: torch.device = model.device if device is None else device
         self._entry: Callable[..., Any] = model if entry is None else entry
         is_fp32 = widened is not None or all(p.dtype == torch.float32 for p in model.parameters())
-        is_plain = model.device.type == "cpu" and is_fp32
+        is_plain = self.device.type == "cpu" and is_fp32
         self.tuned = Tuned(model) if adds_gradients and is_plain else None
         self.head: Head | None = None
         self.trims = False
-        self._flex = model.device.type != "cpu" and _flex_is_right(model)
+        self._flex = self.device.type != "cpu" and _flex_is_right(model, self.device)
         self.packs, self.shares, self.why = _trial(self)
         if self._flex and not self.shares:  # flex attention may be what failed, not the model
             self._flex = False
             self.packs, self.shares, self.why = _trial(self)
         self.head = _head_of(self)
         self.trims = self.head is not None and _trims(self)
-        if adds_gradients and self.head is not None and model.device.type != "cpu":  # only training sums losses with gradients
-            self.head = with_fastest(self.head, model.device, _compute_type(model))
+        if adds_gradients and self.head is not None and self.device.type != "cpu":  # only training sums losses with gradients
+            self.head = with_fastest(self.head, self.device, _compute_type(model, self.device))
         self.drops = _drops(model)
         if self.shares and self.drops:
             # One draw for all examples that share a beginning is another step than one for each.
@@ -179,8 +182,8 @@ def _alone(rows: RowModel, examples: list[Example]) -> torch.Tensor:
     model, parts = rows.model, []
     with contextlib.nullcontext() if rows.widened is None else rows.widened.forward():
         for example in examples:
-            ids_1T = torch.from_numpy(example.ids[:-1]).to(model.device)[None]
-            positions_1T = torch.arange(ids_1T.shape[1], device=model.device)[None]
+            ids_1T = torch.from_numpy(example.ids[:-1]).to(rows.device)[None]
+            positions_1T = torch.arange(ids_1T.shape[1], device=rows.device)[None]
             parts.append(model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits[0].float())
     return torch.cat(parts)
 
@@ -201,7 +204,7 @@ def _trial(rows: RowModel) -> tuple[bool, bool, str]:
         wanted = _alone(rows, examples)
         found = {}
         for shared in (False, True):
-            batch = row_of(named, shared=shared).to(rows.model.device)
+            batch = row_of(named, shared=shared).to(rows.device)
             rows.packs = True
             try:
                 found[shared] = _agree(rows, rows._logits(batch)[batch.entry_P], wanted)
@@ -227,15 +230,15 @@ def _against_ring(rows: RowModel, ring: Ring) -> str:
     batch = row_of(list(enumerate(_sparse(_examples(rows.model)))), shared=rows.shares)
     why = "its logits are others then"
     with _evaluating(rows.model):
-        wanted = rows._logits(batch.to(rows.model.device))
-        own = rows.own(batch).to(rows.model.device)
+        wanted = rows._logits(batch.to(rows.device))
+        own = rows.own(batch).to(rows.device)
         assert own.part is not None
         try:
             numbers_S, found = own.part.numbers_S.to(wanted.device), rows._logits(own)
             is_right = not len(numbers_S) or _agree(rows, found[: len(numbers_S)], wanted[numbers_S])
         except (TypeError, ValueError, RuntimeError) as error:
             is_right, why = False, str(error)
-    return "" if ring.agreed(is_right, rows.model.device) else why
+    return "" if ring.agreed(is_right, rows.device) else why
 
 
 def _sparse(examples: list[Example]) -> list[Example]:
@@ -243,21 +246,21 @@ def _sparse(examples: list[Example]) -> list[Example]:
     return [Example(example.ids, np.arange(len(example.ids)) % 3 == 2) for example in examples]
 
 
-def _flex_is_right(model: PreTrainedModel) -> bool:
+def _flex_is_right(model: PreTrainedModel, device: torch.device) -> bool:
     draw = np.random.default_rng(1)  # several of the kernel's blocks of 128 tokens, some of them empty
     beginning, one, two, other = (draw.integers(_vocabulary(model), size=n) for n in (200, 150, 90, 170))
     whole = [np.concatenate([beginning, one]), np.concatenate([beginning, two]), other]
     row = row_of([(n, Example(ids, np.ones(len(ids), np.bool_))) for n, ids in enumerate(whole)], shared=True)
-    return flex_is_right(model.config, model.device, _compute_type(model), row.to(model.device))
+    return flex_is_right(model.config, device, _compute_type(model, device), row.to(device))
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def _compute_type(model: PreTrainedModel) -> torch.dtype:
+def _compute_type(model: PreTrainedModel, device: torch.device) -> torch.dtype:
     """Of products: bf16 where the device has it, as in training (`fullrank.parallel.device.resolve_precision`)."""
-    has_bf16 = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else model.dtype
 
 
@@ -284,7 +287,7 @@ def _head_of(rows: RowModel) -> Head | None:
     cap = getattr(config, "final_logit_softcapping", None)
     scales = {1.0, *(float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling"))}
     scales |= {1 / scale for scale in scales}
-    batch = row_of([(0, _examples(model)[0])], shared=False).to(model.device)
+    batch = row_of([(0, _examples(model)[0])], shared=False).to(rows.device)
     with torch.no_grad(), _evaluating(model):
         wanted = rows._logits(batch)
         for scale in sorted(scales, key=lambda scale: scale != 1.0):
@@ -377,7 +380,7 @@ def _trims(rows: RowModel) -> bool:
     """Whether the last block may be trimmed: it must have known parts, and come to the same."""
     if not rows.packs or _last_block(rows.model) is None:
         return False
-    batch = row_of(list(enumerate(_sparse(_examples(rows.model)))), shared=rows.shares).to(rows.model.device)
+    batch = row_of(list(enumerate(_sparse(_examples(rows.model)))), shared=rows.shares).to(rows.device)
     with _evaluating(rows.model):
         wanted = rows._logits(batch)
         rows.trims = True

@@ -3,7 +3,8 @@
 Every rank computes the rows it was dealt (`fullrank.sequences.layout.dealt`), as many as every other, since blocks are gathered
 and gradients summed by all of them together. A block's weights are whole only while it computes. Gradients are summed over ranks
 in fp32, once a step or once a row (`Sync`), each rank keeping the sum of its part; they are shares of the loss law, so the sum is
-the gradient of the step. Updates are each rank's own, on its part (`fullrank.optim.pieces`).
+the gradient of the step. Updates are each rank's own, on its part (`fullrank.optim.pieces`), where that is: parts that wait in
+host memory are updated there, with optimizer states that never leave it.
 
 Ranks that share rows (`fullrank.parallel.ring`) are dealt the same ones, and compute their parts of them; shares of the loss and
 of gradients add up as those of rows do.
@@ -23,11 +24,13 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from fullrank.models.rows import RowModel
 from fullrank.optim.pieces import Piece, Pieces, own_elements
 from fullrank.optim.shelf import Shelf
 from fullrank.optim.update import Updater
+from fullrank.parallel.device import synchronize
 from fullrank.parallel.engine import EngineState, StepOutcome
 from fullrank.parallel.groups import hidden_matrices, rates
 from fullrank.parallel.sharded import piece_of, sharded_modules
@@ -80,14 +83,16 @@ class Fsdp2(SingleDevice):
         model.reshard()  # a forward pass leaves what is outside the blocks whole
         self._divided: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._everything = {name: piece_of(p) for name, p in self._divided.items()}
-        self._sums: dict[nn.Module, torch.Tensor] = {}
-        self._owner: dict[str, nn.Module] = {}
-        """Of parameters of 16 bits: the module whose gradients are summed with theirs."""
+        self._sums: dict[str, torch.Tensor] = {}
+        """This rank's parts of the gradients of a step; of weights of 16 bits those in fp32, as they come."""
+        self._arriving = torch.empty(0)
+        self._hooks: list[RemovableHandle] = []
         if train.rounding != "none":
-            for module in reversed(list(sharded_modules(model))):  # the blocks before the model that holds them
-                module.set_all_reduce_hook(functools.partial(self._keep_sum, module))
-                within = {id(p) for p in module.parameters()}
-                self._owner = {n: module for n, p in self._divided.items() if id(p) in within} | self._owner
+            for module in sharded_modules(model):
+                module.set_all_reduce_hook(self._begin_sums)
+            for name, p in self._divided.items():
+                if p.requires_grad:
+                    self._hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._keep_sum, name)))
         self._local = {name: nn.Parameter(_part(p), requires_grad=p.requires_grad) for name, p in self._divided.items()}
         self._named = {name: p for name, p in self._local.items() if p.requires_grad}
         self._updater = Updater(
@@ -119,7 +124,8 @@ class Fsdp2(SingleDevice):
                     with self.compute_type():
                         own = self.rows.own(batch).to(self.device)
                         loss += add_gradients(self.rows, own, supervised_tokens, self.watch)
-            gradients = {name: self._summed(name, p.grad) for name, p in self._divided.items() if p.grad is not None}
+            self._sums |= {name: _part(p.grad) for name, p in self._divided.items() if p.grad is not None}
+            gradients = {name: self._sums[name] for name in self._divided if name in self._sums}
             with self.watch("optimizer"):
                 (total,) = self._world.summed(float(loss))
                 norm = self._norm({name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()})
@@ -128,24 +134,26 @@ class Fsdp2(SingleDevice):
             self._update(gradients, learning_rate, seed, norm)
             return StepOutcome(total, norm, updated=True, changed_ratio=self._changed_ratio())
         finally:
-            self._sums.clear()
+            self._sums, self._arriving = {}, torch.empty(0)
             for p in self._divided.values():
                 p.grad = None
 
-    def _keep_sum(self, module: nn.Module, sum_of_ranks: torch.Tensor) -> None:
-        """FSDP2 hands over the fp32 sum of a module's gradients before it rounds it to the weights' 16 bits."""
-        if module in self._sums:
-            self._sums[module] += sum_of_ranks
-        else:
-            self._sums[module] = sum_of_ranks
+    def _begin_sums(self, sum_of_ranks: torch.Tensor) -> None:
+        """FSDP2 hands over the fp32 sum of a module's gradients before it rounds it to the weights' 16 bits, flat."""
+        if sum_of_ranks.is_cuda:  # it is of another stream than the one that reads it
+            sum_of_ranks.record_stream(torch.cuda.current_stream(sum_of_ranks.device))
+        self._arriving = sum_of_ranks
 
-    def _summed(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a gradient, in fp32."""
-        part = _part(gradient)
-        if name not in self._owner:
-            return part
-        # The rounded gradients lie in their tensor as the exact ones do in theirs.
-        return self._sums[self._owner[name]].as_strided(part.shape, part.stride(), part.storage_offset())
+    def _keep_sum(self, name: str, p: torch.Tensor) -> None:
+        """Then come the module's parameters with their rounded gradients, one by one, as the exact ones lie in the sum."""
+        p.grad = None
+        local = self._local[name]
+        part, self._arriving = self._arriving[: local.numel()], self._arriving[self._most(self._everything[name]) :]
+        part = part.view(local.shape).to(local.device)
+        if name in self._sums:
+            self._sums[name] += part
+        else:
+            self._sums[name] = part
 
     def _norm(self, norms: Mapping[str, torch.Tensor]) -> float:
         """The global norm, from those of the parts."""
@@ -192,6 +200,7 @@ class Fsdp2(SingleDevice):
             yield name, self._gathered(piece, p.detach().view(-1)).view(piece.shape)
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        synchronize(self.device)  # the last blocks may still be on their way there, out of the memory that is written to
         with torch.no_grad():
             for name, p in self._local.items():
                 p.view(-1).copy_(own_elements(weights, name, self._everything[name], p.dtype))
@@ -201,13 +210,21 @@ class Fsdp2(SingleDevice):
         ranks = distributed.get_world_size(self._group)
         if ranks == 1:
             return elements
-        of_a_row = math.prod(piece.shape[1:])
-        most = -(-piece.shape[0] // ranks) * of_a_row
+        most = self._most(piece)
         padded = elements.new_zeros(most)
         padded[: piece.count] = elements
         whole = elements.new_empty(ranks * most)
         _ALL_GATHER(whole, padded, group=self._group)
         return whole[: piece.numel]
+
+    def _most(self, piece: Piece) -> int:
+        """Elements of the largest part of a tensor, to which the others are filled up on their way."""
+        return -(-piece.shape[0] // distributed.get_world_size(self._group)) * math.prod(piece.shape[1:])
+
+    def close(self) -> None:
+        super().close()
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _part(p: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -92,6 +92,8 @@ class Shapes:
     """Of the largest block."""
     block_trained: int
     largest_tensor: int
+    frozen: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """As `trained`, of those that are not."""
 
     @property
     def trained_parameters(self) -> int:
@@ -125,4 +127,5 @@ def shapes_of(config: PreTrainedConfig, frozen: Sequence[str]) -> Shapes:
         block=max((count(own, trained=False) for own in blocks), default=0),
         block_trained=max((count(own, trained=True) for own in blocks), default=0),
         largest_tensor=max(p.numel() for _, p in named),
+        frozen={name: tuple(p.shape) for name, p in named if not p.requires_grad},
     )

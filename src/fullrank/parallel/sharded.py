@@ -5,6 +5,9 @@ parameter along its first dimension, as `torch.chunk` does; a rank's part of a p
 elements, which is all that updates, checkpoints and exports need to know of it (`Piece`). On a mesh of two dimensions parameters
 are divided along the second and repeated along the first, whose ranks are of different machines (hybrid sharding, Zhao et al.
 2023, section 3.2.2).
+
+Parts may wait in host memory beside the device (`CPUOffloadPolicy`): a block's are copied over when it is gathered, its gradients
+are copied back once they are summed, and parts are updated where they are.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -39,14 +42,23 @@ def piece_of(p: torch.Tensor) -> Piece:
     return Piece(first * of_a_row, p.to_local().numel(), tuple(p.shape))
 
 
-def divide(model: PreTrainedModel, mesh: DeviceMesh, *, compute_type: torch.dtype | None) -> None:
+def computing_device(mesh: DeviceMesh) -> torch.device:
+    """Where this rank computes, wherever its parts wait."""
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
+
+
+def divide(model: PreTrainedModel, mesh: DeviceMesh, *, compute_type: torch.dtype | None, offload: bool = False) -> None:
     """Has FSDP2 divide a model, by blocks and what is outside of them.
 
     Args:
         model: whole, or without numbers (`fullrank.models.load.blank_model`).
         mesh: of one dimension, or of two: the first repeats, the second divides.
         compute_type: of the blocks' parameters while they compute, where it is not their own; gradients are summed in fp32.
+        offload: whether parts wait in host memory; page-locked, where that makes copies faster.
     """
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute_type, reduce_dtype=torch.float32, cast_forward_inputs=False)
     outside = MixedPrecisionPolicy(
         # Embeddings and head begin and end the sums between blocks, which stay in fp32.
@@ -57,8 +69,8 @@ def divide(model: PreTrainedModel, mesh: DeviceMesh, *, compute_type: torch.dtyp
     if compute_type is None and model.dtype == torch.float64:
         policy = outside = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in blocks_of(model) or ():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=outside)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place)
+    fully_shard(model, mesh=mesh, mp_policy=outside, offload_policy=place)
     for module in sharded_modules(model):
         # Shares of the loss add up to it: gradients are summed over ranks, not averaged.
         module.set_gradient_divide_factor(1.0)
@@ -79,6 +91,7 @@ def load_sharded(
     dtype: torch.dtype,
     compute_type: torch.dtype | None,
     frozen: Sequence[str] = (),
+    offload: bool = False,
 ) -> PreTrainedModel:
     """The base model, divided: every rank reads what it will hold.
 
@@ -91,15 +104,16 @@ def load_sharded(
         dtype: of the parameters as they are stored while training.
         compute_type: see `divide`.
         frozen: patterns of what is not trained.
+        offload: see `divide`.
 
     Raises:
         ModelError: weights are missing.
         UsageError: a pattern of `frozen` matches nothing.
     """
-    device = torch.device(mesh.device_type)
+    device = torch.device("cpu") if offload else computing_device(mesh)
     model = blank_model(folder, dtype=dtype)
     freeze(model, frozen)
-    divide(model, mesh, compute_type=compute_type)
+    divide(model, mesh, compute_type=compute_type, offload=offload)
     stored = stored_as_is(folder, model)
     whole: Mapping[str, torch.Tensor] = {}
     if stored is None and distributed.get_rank() == 0:
@@ -108,17 +122,20 @@ def load_sharded(
     named: list[tuple[str, Any]] = list(model.named_parameters())
     for name, p in named:
         piece = piece_of(p)
-        local = torch.empty(p.to_local().shape, dtype=dtype, device=device)
+        kept: Any = torch.empty_like(p, device=device)  # `DTensor.from_local` would take it to the mesh's device
+        local = kept.to_local()
         if stored is not None:
             stored[name].part(piece.start, piece.count).read_into(local)
         else:
             local.view(-1).copy_(_handed_out(whole.get(name), piece, dtype)[piece.start : piece.start + piece.count])
-        kept = DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
         made[id(p)] = nn.Parameter(kept, requires_grad=p.requires_grad)
     for module in model.modules():
         for own, blank in module._parameters.items():
             if id(blank) in made:  # a tied parameter stays one
                 module._parameters[own] = made[id(blank)]
+    # FSDP2 looks at parameters again whenever a state was loaded, and then pads and page-locks them, if need be in other memory:
+    # now, so that nobody comes to hold what is replaced at the first forward pass.
+    model.load_state_dict({}, strict=False)
     return model
 
 

@@ -32,7 +32,7 @@ class SingleDevice:
     def __init__(self, rows: RowModel, train: Train, *, recompute: str, states: Shelf | None = None) -> None:
         self.rows = rows
         self.model = model = rows.model
-        self.device = next(model.parameters()).device
+        self.device = rows.device
         self._max_grad_norm = train.clip_norm
         self._precision = train.precision
         self.recompute = recompute

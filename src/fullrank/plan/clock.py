@@ -81,7 +81,9 @@ class Clock:
             self._file_rate = self._file_rate or speed.file_bytes_per_second(self._run.root)
             seconds += 2 * waits.file * work.steps / self._file_rate
             basis += f"; {format_bytes(self._file_rate)}/s to and from a file"
-        if waits.host:
+        if recipe.parallel.offload_parameters:
+            basis += "; without the way of weights and gradients to and from host memory, and updates taken as the device's"
+        elif waits.host:
             self._host_rate = self._host_rate or speed.host_bytes_per_second(devices.choose(device))
             seconds += 2 * waits.host * work.steps / self._host_rate
             basis += f"; {format_bytes(self._host_rate)}/s to and from host memory"

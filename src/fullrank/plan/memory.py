@@ -9,6 +9,7 @@ estimate, and the report sets it against the measured peak.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -208,21 +209,30 @@ def states_bytes(shapes: Shapes, recipe: Recipe, ranks: int = 1) -> int:
 
 def _divided(shapes: Shapes, recipe: Recipe, device: str, division: Division) -> list[LedgerLine]:
     """Weights, gradients and states of a rank, with what is whole for a while: what is outside the blocks through a row, and two
-    blocks, of which the next is gathered while one computes."""
-    ranks, weight = division.ranks, weight_bytes(recipe)
+    blocks, of which the next is gathered while one computes. Of offloaded weights the device has no more than that."""
+    ranks, weight, away = division.ranks, weight_bytes(recipe), recipe.parallel.offload_parameters
     computes, outside = gathered_number_bytes(recipe, device)
     n, trained = shapes.parameters, shapes.trained_parameters
     gathered = 2 * shapes.block * computes + shapes.outside * outside
-    lines = [
-        LedgerLine(part="weights", bytes=-(-weight * n // ranks), formula=f"N / {ranks} x {weight} B"),
-        LedgerLine(part="gathered", bytes=gathered, formula=f"2 x B x {computes} B + O x {outside} B (whole while they compute)"),
-    ]
-    kept, how = 4 * -(-trained // ranks), f"N' / {ranks} x 4 B"
-    if division.sync == "step" and division.rows > 1:
-        kept, how = kept + 4 * trained, f"{how} + N' x 4 B (whole until a step's last row)"
+    words = f"2 x B x {computes} B + O x {outside} B (whole while they compute)"
+    if away:  # of a block that comes, this rank's part lies beside it
+        gathered, words = gathered + weight * -(-shapes.block // ranks), f"B / {ranks} x {weight} B + {words}"
+        lines = [LedgerLine(part="weights", bytes=0, formula="in host memory")]
     else:
-        whole = 2 * shapes.block_trained + shapes.outside_trained
-        kept, how = kept + 4 * whole, f"{how} + (2 x B' + O') x 4 B (whole until they are summed)"
+        lines = [LedgerLine(part="weights", bytes=-(-weight * n // ranks), formula=f"N / {ranks} x {weight} B")]
+    lines.append(LedgerLine(part="gathered", bytes=gathered, formula=words))
+    if division.sync == "step" and division.rows > 1:
+        kept, how = 4 * trained, "N' x 4 B (whole until a step's last row)"
+    else:
+        kept = 4 * (2 * shapes.block_trained + shapes.outside_trained)
+        how = "(2 x B' + O') x 4 B (whole until they are summed)"
+    if away:
+        return [
+            *lines,
+            LedgerLine(part="gradients", bytes=kept, formula=f"{how}; their sums in host memory"),
+            LedgerLine(part="optimizer", bytes=0, formula="in host memory, with the weights"),
+        ]
+    kept, how = kept + 4 * -(-trained // ranks), f"N' / {ranks} x 4 B + {how}"
     states = states_bytes(shapes, recipe, ranks)
     kind = recipe.train.optimizer.name
     lines += [
@@ -289,6 +299,33 @@ def zero_host_bytes(shapes: Shapes, recipe: Recipe) -> int:
     and sums of gradients, where those wait there; weights, where they are offloaded."""
     with_states = 8 * shapes.trained_parameters if recipe.machine.optimizer_states == "host" else 0
     return with_states + (4 * shapes.parameters if recipe.parallel.offload_parameters else 0)
+
+
+def offloaded_host_bytes(shapes: Shapes, recipe: Recipe, *, ranks: int, here: int) -> int:
+    """What a machine's ranks keep in its host memory where FSDP2 offloads weights: these, sums of gradients, optimizer states
+    that are not in a file, and what an update needs for a while.
+
+    Weights, and sums that come as they are, lie in page-locked memory, of which torch gives a tensor the next power of two (the
+    host allocator of torch 2.13, `CachingHostAllocator.h`). Of weights of 16 bits the sums are kept in fp32, in other memory.
+
+    Args:
+        ranks: that hold the model once together.
+        here: on this machine.
+    """
+    weight = weight_bytes(recipe)
+
+    def locked(of: Mapping[str, tuple[int, ...]], number: int) -> int:
+        sizes = (number * -(-shape[0] // ranks) * math.prod(shape[1:]) for shape in of.values())
+        return sum(1 << (size - 1).bit_length() for size in sizes)
+
+    rank = locked({**shapes.trained, **shapes.frozen}, weight)
+    rank += locked(shapes.trained, 4) if weight == 4 else 4 * -(-shapes.trained_parameters // ranks)
+    states = states_bytes(shapes, recipe, ranks)
+    if recipe.machine.optimizer_states == "disk":
+        states = int(min(1.0, 2 * shapes.largest_tensor / max(1, shapes.trained_parameters)) * states)
+    if recipe.train.optimizer.name in ("adafactor", "adalomo", "muon"):
+        states += 24 * shapes.largest_tensor
+    return here * (rank + states)
 
 
 def _weights(shapes: Shapes, recipe: Recipe, device: str) -> list[LedgerLine]:

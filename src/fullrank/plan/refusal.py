@@ -65,7 +65,7 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> I
     plain, _ = clock.seconds(recipe, list(choices(ground, recipe))[-1])
     for same, candidates in ((True, _SAME_WEIGHTS), (False, _OTHER_STEPS)):
         fitting: list[tuple[str, ...]] = []
-        for changes in (*(_wider(ground) if same else ()), *candidates):
+        for changes in (*_wider(ground), *candidates, *_away(ground)) if same else candidates:
             if ground.machine.device == "cuda":
                 changes = tuple(change.replace("states=disk", "states=host") for change in changes)
             if ground.engine != "single":  # where each rank keeps its part of the gradients
@@ -82,7 +82,8 @@ def _changes(recipe: Recipe, ground: Ground, clock: Clock, no_room: NoRoom) -> I
             choice = next((c for c in choices(own, changed) if c.peak_bytes <= ground.machine.memory_available_bytes), None)
             if choice is None or no_room(changed, choice):
                 continue
-            seconds, _ = (0.0, "") if is_wider else clock.seconds(changed, choice)  # what more is told is not measured
+            is_told = is_wider or changed.parallel.offload_parameters  # what more is told and copied is not measured
+            seconds, _ = (0.0, "") if is_told else clock.seconds(changed, choice)
             time = f"about {seconds / plain:.2f} times the time" if seconds and plain else "time not estimated"
             learned = "the same weights" if same else "another step: it learns differently"
             yield f"{' '.join(map(shlex.quote, changes))}  ({format_bytes(choice.peak_bytes)}, {time}, {learned})"
@@ -96,6 +97,12 @@ def _wider(ground: Ground) -> Iterator[tuple[str, ...]]:
     for context in range(2 * ground.context, ground.world.size + 1):
         if ground.engine == "fsdp2" and ground.world.size % context == 0:
             yield (f"parallel.context={context}",)
+
+
+def _away(ground: Ground) -> Iterator[tuple[str, ...]]:
+    """Weights and all that belongs to them in host memory."""
+    if ground.engine == "fsdp2" and ground.machine.device == "cuda":
+        yield ("machine.optimizer_states=host", "parallel.offload_parameters=true")
 
 
 def _with(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:

@@ -318,6 +318,8 @@ def _assumptions(subject: Subject, cluster: Cluster, hybrid: bool) -> list[str]:
         said.append("ranks of a node share its compute, memory and links: more of them compute no faster")
     if recipe.train.optimizer.name == "muon":
         said.append("Muon's own products and the tensors it gathers are left out of the time")
+    if recipe.parallel.offload_parameters:
+        said.append("weights are taken to be on the devices: parallel.offload_parameters is left out")
     if recipe.machine.optimizer_states == "disk":
         said.append("optimizer states in a file are taken at the rate of host memory, which no disk reaches")
     return said

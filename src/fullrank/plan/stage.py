@@ -67,9 +67,10 @@ def engine_of(recipe: Recipe, world: World) -> Engine:
     Raises:
         UsageError: what the recipe asks for goes not with these ranks, everything at once.
     """
-    if world.size == 1 and recipe.parallel.engine == "auto" and recipe.parallel.context == 1:
+    if world.size == 1 and not recipe.parallel.needs_engine and recipe.parallel.context == 1:
         return "single"
     problems = []
+    away = recipe.parallel.offload_parameters
     if world.size % recipe.parallel.context:
         problems.append(f"parallel.context: {recipe.parallel.context} does not divide {world.size} ranks")
     with_deepspeed = recipe.parallel.engine == "deepspeed"
@@ -79,10 +80,15 @@ def engine_of(recipe: Recipe, world: World) -> Engine:
             problems.append("parallel.context: ranks share rows with engine: fsdp2 alone; use it, or context: 1")
         if recipe.parallel.replicas > 1:
             problems.append("parallel.replicas: ZeRO holds the model once among all ranks; use engine: fsdp2, or replicas: 1")
-        if recipe.parallel.offload_parameters and recipe.machine.device != "cuda":
-            problems.append(
-                f"parallel.offload_parameters: there is no other memory beside the device {recipe.machine.device}; leave it out"
-            )
+    if away and recipe.machine.device != "cuda":
+        problems.append(
+            f"parallel.offload_parameters: there is no other memory beside the device {recipe.machine.device}; leave it out"
+        )
+    elif away and not with_deepspeed and recipe.machine.optimizer_states == "device":
+        problems.append(
+            "parallel.offload_parameters: weights in host memory are updated there, and machine.optimizer_states is device; "
+            "write host, or disk"
+        )
     if world.size % recipe.parallel.replicas:
         problems.append(f"parallel.replicas: {recipe.parallel.replicas} does not divide {world.size} ranks")
     if recipe.machine.gradients in ("release", "spill") and recipe.train.optimizer.name not in ("lomo", "adalomo"):
@@ -91,7 +97,7 @@ def engine_of(recipe: Recipe, world: World) -> Engine:
         )
     if problems:
         hint = "leave machine.gradients out, and choose replicas and context that divide the ranks"
-        raise UsageError("\n".join(problems), hint="" if with_deepspeed else hint)
+        raise UsageError("\n".join(problems), hint="" if with_deepspeed or away else hint)
     return "deepspeed" if with_deepspeed else "fsdp2"
 
 
@@ -113,6 +119,7 @@ def _is_begun(
         plan.ranks,
         plan.replicas,
         plan.context,
+        plan.offload_parameters,
         plan.zero_stage,
     )
     wanted = (
@@ -123,6 +130,7 @@ def _is_begun(
         world.size,
         recipe.parallel.replicas,
         recipe.parallel.context,
+        recipe.parallel.offload_parameters,
         zero["stage"] if zero is not None else None,
     )
     return (run.train / "inputs.json").is_file() and waits == wanted
@@ -217,6 +225,7 @@ def _make(
         ranks=world.size,
         replicas=recipe.parallel.replicas,
         context=recipe.parallel.context,
+        offload_parameters=recipe.parallel.offload_parameters,
         sync=choice.sync,
         examples=len(store),
         steps=order.steps,
@@ -259,7 +268,11 @@ def _no_room(recipe: Recipe, base: ResolvedModel, ground: Ground, choice: Choice
 
 
 def _host_refusal(recipe: Recipe, ground: Ground, choice: Choice) -> str:
-    needed = _elsewhere(recipe, ground, choice).host
+    if ground.engine == "fsdp2" and recipe.parallel.offload_parameters:
+        ranks, here = ground.world.size // ground.replicas, ground.world.local_size
+        needed = memory.offloaded_host_bytes(ground.shapes, recipe, ranks=ranks, here=here)
+    else:
+        needed = _elsewhere(recipe, ground, choice).host
     if ground.zero is not None:
         needed += memory.zero_host_bytes(ground.shapes, recipe)
     free = host_memory_bytes() if needed else 0

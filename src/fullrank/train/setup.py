@@ -20,7 +20,7 @@ from fullrank.parallel.blockwise import Blockwise, is_blockwise
 from fullrank.parallel.fsdp2 import Fsdp2, Sync
 from fullrank.parallel.groups import freeze
 from fullrank.parallel.ring import ContextRing, ring_of
-from fullrank.parallel.sharded import load_sharded
+from fullrank.parallel.sharded import computing_device, load_sharded
 from fullrank.parallel.single import SingleDevice
 from fullrank.parallel.world import ALONE, World
 from fullrank.parallel.zero import Zero
@@ -129,8 +129,15 @@ def load_divided(recipe: Recipe, folder: Path, mesh: DeviceMesh, ring: ContextRi
     elif recipe.train.precision == "bf16-mixed":
         compute_type = torch.bfloat16
     dtype = torch.bfloat16 if of_16_bits else torch.float32
-    model = load_sharded(folder, mesh, dtype=dtype, compute_type=compute_type, frozen=recipe.train.frozen)
-    return RowModel(model, ring=ring)
+    model = load_sharded(
+        folder,
+        mesh,
+        dtype=dtype,
+        compute_type=compute_type,
+        frozen=recipe.train.frozen,
+        offload=recipe.parallel.offload_parameters,
+    )
+    return RowModel(model, ring=ring, device=computing_device(mesh))
 
 
 def load_in_zero(recipe: Recipe, folder: Path, world: World, device: torch.device) -> Zeroed:
@@ -183,15 +190,16 @@ def engine_for(
     shutil.rmtree(waiting, ignore_errors=True)
 
     def elsewhere(name: str, *, on_disk: bool) -> Shelf:
-        device = rows.model.device
+        device = rows.model.device  # where the weights are, and so what is done to them
         return OnDisk(waiting / name, device=device, waiting_bytes=_WAITING_BYTES) if on_disk else InHost(device)
 
-    is_cuda = rows.model.device.type == "cuda"
+    is_cuda = rows.device.type == "cuda"
     states = recipe.machine.optimizer_states
-    shelf = None if states == "device" else elsewhere("states", on_disk=states == "disk")
+    # What waits in host memory is updated there, where DeepSpeed keeps the master copy then, and FSDP2 offloaded weights.
+    lie_with_weights = states == "host" and (zeroed is not None or recipe.parallel.offload_parameters)
+    shelf = None if states == "device" or lie_with_weights else elsewhere("states", on_disk=states == "disk")
     if zeroed is not None:
-        # States that wait in host memory are updated there, where DeepSpeed keeps the master copy then.
-        return Zero(rows, recipe.train, zeroed=zeroed, recompute=recompute, states=None if states == "host" else shelf)
+        return Zero(rows, recipe.train, zeroed=zeroed, recompute=recompute, states=shelf)
     if mesh is not None:
         return Fsdp2(rows, recipe.train, world=world, mesh=mesh, recompute=recompute, sync=sync, states=shelf)
     if not is_blockwise(recipe):

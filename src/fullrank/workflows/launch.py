@@ -109,7 +109,8 @@ def _on_ranks(recipe: Recipe, run: Run, size: int, *more: str) -> None:
 def _environment(recipe: Recipe, size: int, path: Path) -> Iterator[None]:
     """Inside, what ranks inherit."""
     added = {_SOCKET: str(path)}
-    if recipe.machine.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    uses_cores = recipe.machine.device == "cpu" or recipe.parallel.offload_parameters  # whose update is computed here
+    if uses_cores and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         added["OMP_NUM_THREADS"] = str(max(1, cores // size))
     before = {name: os.environ.get(name) for name in added}

@@ -108,7 +108,7 @@ def profile(loaded: LoadedRecipe, runs_dir: Path, listener: Listener | None = No
             _run_stage(name, told, run)
         if (size := launch.world_here(told.recipe).size) > 1:
             launch.profile(told.recipe, run, size, steps)
-        elif told.recipe.parallel.engine != "auto":
+        elif told.recipe.parallel.needs_engine:
             launch.profile_as(told.recipe, run, ALONE, steps)
         else:
             profiled(told.recipe, run, told.base, steps)
@@ -143,7 +143,7 @@ def _run_stage(name: StageName, told: Described, run: Run, world: World | None =
 
             if world is None and (here := launch.world_here(recipe)).size > 1:
                 launch.train(recipe, run, here.size)
-            elif world is None and recipe.parallel.engine != "auto":
+            elif world is None and recipe.parallel.needs_engine:
                 launch.train_as(recipe, run, ALONE)
             else:
                 from fullrank.train import stage as train_stage

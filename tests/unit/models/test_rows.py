@@ -23,6 +23,15 @@ def test_attention_families_share_rows_and_beginnings_and_have_a_plain_head(fami
     assert model.training and model.config._attn_implementation == before
 
 
+def test_rows_go_to_where_it_is_computed_if_the_model_names_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's own `device` is that of its first parameter, which may wait elsewhere than it computes."""
+    monkeypatch.setattr(transformers.PreTrainedModel, "device", property(lambda model: torch.device("meta")))
+    rows = RowModel(tiny.model("llama"), adds_gradients=True, device=torch.device("cpu"))
+    assert (rows.packs, rows.shares, rows.trims) == (True, True, True) and rows.head is not None and rows.tuned is not None
+    with pytest.raises(RuntimeError, match="meta"):
+        RowModel(tiny.model("llama"))
+
+
 @pytest.mark.parametrize(
     ("config", "scale"),
     [(transformers.CohereConfig(logit_scale=0.25), 0.25), (transformers.GraniteConfig(logits_scaling=8.0), 1 / 8)],

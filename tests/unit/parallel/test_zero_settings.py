@@ -170,7 +170,7 @@ def test_rules_that_look_at_whole_tensors_are_refused_by_name(train: dict[str, A
     "parallel",
     [
         {"engine": "fsdp2", "zero_stage": 2},
-        {"engine": "auto", "offload_parameters": True},
+        {"engine": "auto", "deepspeed_config": "ds.json"},
         {"zero_stage": 2, "offload_parameters": True},
     ],
     ids=str,

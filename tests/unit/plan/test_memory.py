@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fullrank.models.rows import RowModel
 from fullrank.parallel.groups import Shapes
-from fullrank.plan.memory import Row, block_activation_bytes, ledger, table, total
+from fullrank.plan.memory import Division, Row, block_activation_bytes, ledger, offloaded_host_bytes, table, total
 from fullrank.recipe import Recipe
 from fullrank.records import LedgerLine, ModelFacts
 from fullrank.sequences.layout import row_of
@@ -51,12 +52,13 @@ SHAPES = Shapes(
     block_trained=300,
     largest_tensor=400,
 )
+FROZEN = replace(SHAPES, trained={n: s for n, s in SHAPES.trained.items() if n != "embed"}, frozen={"embed": (50, 8)})
 ROW = Row(tokens=10, predictions=4, step_tokens=30)
 
 
 def lines(model: ModelFacts | None = None, row: Row = ROW, **options: Any) -> list[LedgerLine]:
     defaults: dict[str, Any] = {"recompute": "none", "process_bytes": 7, "eager": False, "device": "cpu"}
-    recipe = {name: options.pop(name) for name in ("train", "machine") if name in options}
+    recipe = {name: options.pop(name) for name in ("train", "machine", "parallel") if name in options}
     written = Recipe.model_validate({"name": "a", "model": {"source": "a"}, "data": {"train": "a"}} | recipe)
     train = written.train if written.train.precision != "auto" else written.train.model_copy(update={"precision": "fp32"})
     return ledger(model or facts(), SHAPES, row, written.model_copy(update={"train": train}), **(defaults | options))
@@ -162,6 +164,52 @@ def test_the_peak_is_the_sum_and_the_table_tells_every_part() -> None:
     assert total(found) == 4000 + 4000 + 8000 + 8320 + 1600 + int(0.35 * 8320)
     for line, told in zip(found, table(found).splitlines(), strict=True):
         assert line.part in told and line.formula in told
+
+
+# ---- weights in host memory -----------------------------------------------------------------------------------------------
+
+
+AWAY: dict[str, Any] = {"machine": {"optimizer_states": "host"}, "parallel": {"offload_parameters": True}}
+
+
+def test_of_offloaded_weights_a_device_has_what_is_whole_for_a_while() -> None:
+    by_row = {"device": "cuda", "division": Division(ranks=2, sync="row", rows=3)}
+    here, away = parts(**by_row), parts(**by_row, **AWAY)
+    # here: halves of everything, and whole two blocks of 300 and the 400 outside
+    assert (here["weights"], here["gathered"]) == (4 * 500, 4 * (2 * 300 + 400))
+    assert (here["gradients"], here["optimizer"]) == (4 * 500 + 4 * (2 * 300 + 400), 8 * 500)
+    # away: half a block as it arrives beside them
+    assert (away["weights"], away["gathered"]) == (0, 4 * (2 * 300 + 400) + 4 * 150)
+    assert (away["gradients"], away["optimizer"]) == (4 * (2 * 300 + 400), 0)
+    assert parts(device="cuda", division=Division(2, "step", 3), **AWAY)["gradients"] == 4 * 1000
+    mixed = parts(**by_row, **AWAY, train={"precision": "bf16-mixed"})
+    assert mixed["gathered"] == 2 * 2 * 300 + 4 * 400 + 4 * 150
+    assert "update" not in parts(**by_row, **AWAY, train={"optimizer": {"name": "muon"}})  # which is made in host memory too
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes", "ranks", "bytes_"),
+    [
+        # halves: 25 x 8 and 15 x 10 fp32 numbers, 800 and 600 bytes, each in 1,024 page-locked ones; gradients too; 8 B of states
+        ({}, SHAPES, 2, 2 * 3 * 1024 + 8 * 500),
+        # thirds, the largest of 17 rows: 544 bytes in 1,024, and 10 x 10 numbers in 512
+        ({}, SHAPES, 3, 2 * (1024 + 2 * 512) + 8 * (17 * 8 + 2 * 100)),
+        # 400 and 300 bytes in 512 each; gradients are kept in fp32, where torch rounds nothing up
+        ({"train": {"precision": "bf16-stochastic"}}, SHAPES, 2, 3 * 512 + 4 * 500 + 8 * 500),
+        # those of two tensors, of 400 elements at most, are there at once
+        ({"machine": {"optimizer_states": "disk"}}, SHAPES, 2, 2 * 3 * 1024 + int(0.8 * 8 * 500)),
+        # what is not trained has weights alone
+        ({}, FROZEN, 2, 3 * 1024 + 2 * 1024 + 8 * 300),
+        # momentum for the blocks, AdamW for the embedding; and whole tensors while they are updated
+        ({"train": {"optimizer": {"name": "muon"}}}, SHAPES, 2, 2 * 3 * 1024 + 4 * 300 + 8 * 200 + 24 * 400),
+    ],
+    ids=["fp32", "three", "16 bits", "disk", "frozen", "muon"],
+)
+def test_the_host_holds_what_the_device_does_not(changes: dict[str, Any], shapes: Shapes, ranks: int, bytes_: int) -> None:
+    written = {"name": "a", "model": {"source": "a"}, "data": {"train": "a"}, "train": {"precision": "fp32"}, **AWAY, **changes}
+    recipe = Recipe.model_validate(written)
+    assert offloaded_host_bytes(shapes, recipe, ranks=ranks, here=1) == bytes_
+    assert offloaded_host_bytes(shapes, recipe, ranks=ranks, here=4) == 4 * bytes_
 
 
 def kept_by_autograd(layers: int, tokens: int, *, tuned: bool) -> int:
