@@ -6,6 +6,7 @@
 #   make bench-speed TEXT=DIR  steps beside TRL's and transformers', in an environment of their own; DIR holds the data sets
 #   make bench-memory TEXT=DIR bytes a parameter, exactness, time and quality of every optimizer and place to wait
 #   make bench-distributed     ranks of this CPU beside one process: equality, memory, ranks that die, exports, scaling
+#   make bench-evidence        coverage of the intervals of scores and level of the tests, by simulation
 #
 # PYTHON=python3.12                   another interpreter
 # TORCH_INDEX=URL                     fetch torch from this index, such as the CPU-only one that pytorch.org's installer names
@@ -19,7 +20,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS = gguf,rouge,report,data
 SETTINGS = pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-all test-lowest check format bench-quickstart bench-speed bench-memory bench-distributed clean
+.PHONY: quickstart test test-all test-lowest check format bench-quickstart bench-speed bench-memory bench-distributed bench-evidence clean
 
 quickstart: $(VENV)/.installed
 	@echo "environment: $(VENV)"
@@ -55,6 +56,9 @@ bench-memory: $(VENV)/.installed-dev $(PEER)/.installed
 bench-distributed: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/scaling.py
+
+bench-evidence: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/evidence_statistics.py
 
 test-lowest:
 	$(PYTHON) tests/lowest.py

@@ -700,7 +700,7 @@ class TrainCard(StageRecord):
 
 
 class Score(Record):
-    """A value with its 95 % bootstrap interval over the test items."""
+    """A value with its 95 % interval over the test items."""
 
     value: float
     low: float
@@ -714,7 +714,9 @@ class TestScores(Record):
     base: dict[str, Score]
     tuned: dict[str, Score]
     difference: dict[str, Score]
-    """tuned - base, resampled in pairs."""
+    """tuned - base over the same items."""
+    p_value: dict[str, float]
+    """Of each difference: how often chance would make one as large, by swapping the models' answers item by item."""
     stopped_ratio: dict[str, float]
     """Share of answers that ended by themselves, for base and tuned."""
 

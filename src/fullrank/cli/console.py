@@ -181,7 +181,7 @@ class Console:
         if evaluated is not None:
             for name, scores in evaluated.tests.items():
                 table = Table(title=f"{name} ({plural(scores.examples, 'example')})", title_justify="left", box=None)
-                for column in ("", "base", "tuned", "difference (95 % interval)"):
+                for column in ("", "base", "tuned", "difference (95 % interval)", "p"):
                     table.add_column(column, justify="left" if not column else "right")
                 for key, tuned in scores.tuned.items():
                     d = scores.difference[key]
@@ -190,6 +190,7 @@ class Console:
                         f"{scores.base[key].value:.3f}",
                         f"{tuned.value:.3f}",
                         f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
+                        "< 0.001" if scores.p_value[key] < 0.001 else f"{scores.p_value[key]:.3f}",
                     )
                 out.print(table)
             if evaluated.forgotten is not None:

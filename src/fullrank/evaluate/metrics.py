@@ -1,8 +1,9 @@
 """Scores of answers against references, item by item.
 
 A score is a function of sums: each item contributes a row of statistics (hits and misses, losses and tokens), and the
-score is computed from the rows' sum. So the score of any resample of the items costs one weighted sum, which is what
-makes bootstrap intervals (`fullrank.evaluate.statistics`) cheap; and an item's own score is the metric over it alone.
+score is computed from the rows' sum. So the score of any resample of the items costs one weighted sum, and so does
+the score without one item, which is what makes intervals (`fullrank.evaluate.statistics`) cheap; an item's own score is the
+metric over it alone.
 
 Texts are compared as they are, white space around them aside; labels are compared without regard to case. Nothing here
 generates answers or knows a model.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,9 @@ from fullrank.recipe import Task
 
 Array = NDArray[np.float64]
 
+#: Where a score lives: in [0, 1]; without bounds; above 0, with errors that multiply. Intervals are computed by it.
+Scale = Literal["share", "linear", "log"]
+
 
 @dataclass(frozen=True)
 class Items:
@@ -30,10 +35,12 @@ class Items:
     Args:
         stats_NK: K sufficient statistics of each item.
         reduce: sums of statistics [..., K] -> scores [...].
+        scale: where the score lives.
     """
 
     stats_NK: Array
     reduce: Callable[[Array], Array]
+    scale: Scale = "linear"
 
     @property
     def value(self) -> float:
@@ -107,7 +114,7 @@ def loss_items(loss_sums_N: Sequence[float], tokens_N: Sequence[int]) -> dict[st
     stats_NK = np.column_stack([np.asarray(loss_sums_N, np.float64), np.asarray(tokens_N, np.float64)])
     return {
         "validation_loss": Items(stats_NK, _ratio),
-        "perplexity": Items(stats_NK, lambda sums: np.exp(_ratio(sums))),
+        "perplexity": Items(stats_NK, lambda sums: np.exp(_ratio(sums)), scale="log"),
     }
 
 
@@ -133,8 +140,8 @@ def _ratio(sums: Array) -> Array:
 
 
 def _mean(scores: Sequence[float]) -> Items:
-    """The mean of one number an item, as the ratio of two sums."""
-    return Items(np.column_stack([np.asarray(scores, np.float64), np.ones(len(scores))]), _ratio)
+    """The mean of one number in [0, 1] an item, as the ratio of two sums."""
+    return Items(np.column_stack([np.asarray(scores, np.float64), np.ones(len(scores))]), _ratio, scale="share")
 
 
 # ---- set F1 ---------------------------------------------------------------------------------------------------------
@@ -160,7 +167,10 @@ def _set_f1(task: Task, expected: list[str], given: list[str | None]) -> dict[st
     micro_N3 = counts_NL3.sum(axis=1)
     micro_N3[:, 1] += outside_N1[:, 0]
     macro_NK = np.concatenate([counts_NL3.reshape(len(wanted), -1), outside_N1], axis=1)
-    return {task.key: Items(micro_N3, _micro_f1), f"{task.key}_macro": Items(macro_NK, _macro_f1)}
+    return {
+        task.key: Items(micro_N3, _micro_f1, scale="share"),
+        f"{task.key}_macro": Items(macro_NK, _macro_f1, scale="share"),
+    }
 
 
 def _f1(counts: Array, when_empty: float) -> Array:

@@ -19,6 +19,7 @@ from fullrank.evaluate import metrics
 from fullrank.evaluate.answers import KeptAnswers
 from fullrank.evaluate.forgetting import Asked
 from fullrank.evaluate.metrics import Items
+from fullrank.evaluate.significance import p_value
 from fullrank.evaluate.statistics import interval, paired_difference
 from fullrank.generation.decode import greedy
 from fullrank.generation.likelihood import example_losses
@@ -132,6 +133,7 @@ def _compare(by_who: dict[Who, _Measured]) -> TestScores:
         base={key: interval(items) for key, items in base.scores.items()},
         tuned={key: interval(items) for key, items in tuned.scores.items()},
         difference={key: paired_difference(tuned.scores[key], base.scores[key]) for key in tuned.scores},
+        p_value={key: p_value(tuned.scores[key], base.scores[key]) for key in tuned.scores},
         stopped_ratio=dict(stopped),
     )
 

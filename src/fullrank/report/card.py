@@ -15,7 +15,7 @@ import yaml
 from fullrank.models.embedded import EMBEDDED
 from fullrank.recipe import AdamW, Muon, Train
 from fullrank.records import TestScores
-from fullrank.report.gather import Report, interval_text, metric_name, rule_of_three_text, score_text, without_width
+from fullrank.report.gather import Report, interval_text, metric_name, p_text, rule_of_three_text, score_text, without_width
 from fullrank.units import format_bytes, format_count, format_seconds, plural
 
 
@@ -100,8 +100,8 @@ def _scores(report: Report) -> str:
     if not report.tests:
         return ""
     intro = (
-        "Base and tuned model on the same items, with 95 % bootstrap intervals; the difference (tuned - base) is "
-        "resampled in pairs."
+        "Base and tuned model on the same items, with 95 % intervals; the difference (tuned - base) is taken in pairs, and p is "
+        "from a permutation test."
     )
     if report.evaluation and report.evaluation.base_was_instructed:
         intro += " The base model was also given instructions that say what is asked."
@@ -122,7 +122,8 @@ def _table(test: str, scores: TestScores) -> str:
         base, tuned = scores.base[key], scores.tuned[key]
         rigid |= {kind for kind in (without_width(key, base), without_width(key, tuned)) if kind}
         cells = [f"{score_text(score.value)} ({interval_text(score)})" for score in (base, tuned)]
-        cells.append(f"{score_text(difference.value, signed=True)} ({interval_text(difference, signed=True)})")
+        words = f"{interval_text(difference, signed=True)}; {p_text(scores.p_value[key])}"
+        cells.append(f"{score_text(difference.value, signed=True)} ({words})")
         lines.append(f"| {metric_name(key)} | {' | '.join(cells)} |")
     if rigid:
         lines += [

@@ -244,7 +244,7 @@ def _scores(alt: Any, report: Report) -> Figure | None:
     if not panels:
         return None
     caption = (
-        "Points are scores, bars their 95 % bootstrap intervals over the test items. Hollow (brown): base model; "
+        "Points are scores, bars their 95 % intervals over the test items. Hollow (brown): base model; "
         "filled (blue): tuned model."
     )
     return render("scores", "Before and after", caption, alt.vconcat(*panels, spacing=14))

@@ -24,6 +24,7 @@ from fullrank.report.gather import (
     interval_text,
     metric_name,
     outcome_of,
+    p_text,
     rule_of_three_text,
     score_text,
     without_width,
@@ -47,6 +48,7 @@ class ScoreRow:
     tuned_interval: str
     difference: str
     difference_interval: str
+    p: str
     outcome: str
     lower_is_better: bool
     base_note: str
@@ -215,6 +217,7 @@ def score_tables(report: Report) -> list[ScoreTable]:
                     **_cells("base", base),
                     **_cells("tuned", tuned),
                     **_cells("difference", difference, signed=True),
+                    p=p_text(scores.p_value[key]),
                     outcome=outcome,
                     lower_is_better=key in LOWER_IS_BETTER,
                     base_note=base_note,

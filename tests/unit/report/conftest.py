@@ -76,6 +76,7 @@ def scores_of(examples: int, **metrics: tuple[float, float]) -> TestScores:
         base={key: score(before) for key, (before, _) in metrics.items()},
         tuned={key: score(after) for key, (_, after) in metrics.items()},
         difference={key: difference(after - before) for key, (before, after) in metrics.items()},
+        p_value=dict.fromkeys(metrics, 0.0001),
         stopped_ratio={"base": 0.75, "tuned": 1.0},
     )
 
@@ -118,6 +119,7 @@ def evaluation_card(**changes: Any) -> EvaluationCard:
     zero = Score(value=0.0, low=0.0, high=0.0)
     tests["seen"].base["exact_match"], tests["seen"].tuned["exact_match"] = zero, perfect
     tests["seen"].difference["exact_match"] = perfect
+    tests["seen"].p_value["exact_match"] = 0.0001
     facts = {
         "fingerprint": "ef" * 32,
         "seconds": 141.7,

@@ -80,6 +80,7 @@ def evaluated(low: float, high: float, items: int = 80, key: str = "f1", value: 
         base={key: Score(value=0.5, low=0.4, high=0.6)},
         tuned={key: Score(value=0.5 + middle, low=0.45 + middle, high=0.55 + middle)},
         difference={key: Score(value=middle, low=low, high=high)},
+        p_value={key: 0.03},
         stopped_ratio={"base": 1.0, "tuned": 1.0},
     )
     return EvaluationCard(
@@ -160,6 +161,11 @@ def test_cautions_follow_from_the_records(recipe: Recipe, a_train_card: TrainCar
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_p_value_is_never_shown_as_zero() -> None:
+    assert room.p_text(0.0001) == "p < 0.001"
+    assert (room.p_text(0.001), room.p_text(0.0384), room.p_text(1.0)) == ("p = 0.001", "p = 0.038", "p = 1.000")
 
 
 def test_rounding_never_makes_a_score_perfect() -> None:

@@ -133,6 +133,12 @@ def test_numbers_of_the_records_are_on_the_page(report: Report) -> None:
         assert words in text, words
 
 
+def test_every_difference_shows_its_p_value(report: Report) -> None:
+    rows = [row for table in html.score_tables(report) for row in table.rows]
+    assert {row.p for row in rows} == {"p < 0.001"}
+    assert len(re.findall("<small>p &lt; 0.001</small>", html.render(report, []))) == len(rows)
+
+
 def test_intervals_of_no_width_are_footnoted(report: Report) -> None:
     table = html.score_tables(report)[0]
     row = next(row for row in table.rows if row.name == "Exact match")
