@@ -123,7 +123,7 @@ def needed_tokens(example: Example) -> int:
 
 
 def micro_batches(
-    store: TokenStore,
+    store: TokenStore | Sequence[Example],
     examples: Sequence[int] | np.ndarray,
     budget_tokens: int,
     *,
