@@ -316,7 +316,7 @@ def matching_files(path: str) -> list[str]:
 
 
 def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
-    """Data paths made absolute: looked for beside the recipe first, then in the working directory.
+    """Paths made absolute: looked for beside the recipe first, then in the working directory.
 
     A pattern stays one, for the files that match it when they are read; some must do so now.
     """
@@ -354,8 +354,19 @@ def _with_absolute_paths(recipe: Recipe, lines: _Lines, file: Path) -> Recipe:
     if parallel.deepspeed_config:
         path = find(parallel.deepspeed_config, ("parallel", "deepspeed_config"))
         parallel = parallel.model_copy(update={"deepspeed_config": path})
+    tasks = []
+    for number, task in enumerate(recipe.evaluate.tasks):
+        files: dict[str, str] = {}
+        if task.json_schema:
+            files["json_schema"] = find(task.json_schema, ("evaluate", "tasks", number, "json_schema"))
+        if task.function:
+            file_name, _, name = task.function.rpartition(":")
+            files["function"] = f"{find(file_name, ('evaluate', 'tasks', number, 'function'))}:{name}"
+        tasks.append(task.model_copy(update=files))
+    evaluate = recipe.evaluate.model_copy(update={"tasks": tasks}) if tasks != recipe.evaluate.tasks else recipe.evaluate
     if missing:
         raise DataError("\n".join(missing), hint="paths are relative to the recipe's folder, then to the working directory")
     model_folder = next((folder / recipe.model.source for folder in folders if (folder / recipe.model.source).is_dir()), None)
     model = recipe.model.model_copy(update={"source": str(model_folder.resolve())}) if model_folder else recipe.model
-    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model, "parallel": parallel})
+    sections = {"data": data.model_copy(update=update), "model": model, "parallel": parallel, "evaluate": evaluate}
+    return recipe.model_copy(update=sections)

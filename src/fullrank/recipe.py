@@ -8,9 +8,10 @@ once, and a recipe never changes after loading; `fullrank.loading` reads it from
 from __future__ import annotations
 
 import datetime
+import difflib
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -416,13 +417,44 @@ class Train(Section):
         return self
 
 
-class Task(Section):
-    """One score computed from generated answers."""
+Metric = Literal["exact_match", "f1", "rouge_l", "numeric", "bleu", "chrf", "json_valid", "json_fields", "choice", "python"]
 
-    metric: Literal["exact_match", "f1", "rouge_l"]
-    """exact_match: equal strings; f1: set F1 over labels; rouge_l: longest common subsequence F-measure."""
+#: Words of other tools for a metric, and the one that is meant.
+_METRIC_WORDS: dict[str, Metric] = {
+    "accuracy": "exact_match",
+    "acc": "choice",
+    "acc_norm": "choice",
+    "acc_bytes": "choice",
+    "multiple_choice": "choice",
+    "loglikelihood": "choice",
+    "sacrebleu": "bleu",
+    "chrf2": "chrf",
+    "rougel": "rouge_l",
+    "rouge": "rouge_l",
+    "math": "numeric",
+    "number": "numeric",
+    "gsm8k": "numeric",
+    "json": "json_valid",
+    "json_schema": "json_valid",
+    "custom": "python",
+    "function": "python",
+}
+
+#: Keys of a task that one metric alone has.
+_OF_ONE_METRIC = {"tokenize": "bleu", "json_schema": "json_valid", "function": "python", "range": "python"}
+
+
+class Task(Section):
+    """One score of the models' answers."""
+
+    metric: Metric
+    """exact_match: equal strings; f1: set F1 over labels; rouge_l: longest common subsequence F-measure; numeric: the last number
+    of the answer; bleu, chrf: n-gram overlap by sacrebleu; json_valid: share of valid JSON; json_fields: share of the reference's
+    JSON fields; choice: the likeliest of a record's `choices`, without generating; python: a function of your own."""
     name: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
-    """Name of the score in records and reports; the metric's own by default."""
+    """Name of the score in records and reports; by default the metric's own, and for python the function's."""
+    tests: list[str] | None = Field(default=None, min_length=1)
+    """Names of the test sets it is measured on; all by default, for choice those whose records have `choices`."""
     pattern: str | None = None
     """Regular expression whose first group is the part of the answer that is scored; the whole answer by default."""
     label_pattern: str | None = None
@@ -431,16 +463,43 @@ class Task(Section):
     """f1: what stands between labels."""
     none: str = "none"
     """f1: the word that stands for an empty set of labels."""
+    tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """bleu: sacrebleu's tokenizer; 13a is its default, zh is for Chinese, char for other languages without spaces."""
+    json_schema: str | None = None
+    """json_valid: a file with a JSON Schema that answers must be valid against, relative to the recipe's folder, then to the
+    working directory."""
+    function: str | None = None
+    """python: path/to/file.py:name, the path as for json_schema. It is called as name(references, answers, prompts) and returns
+    a list of one number per item, larger ones better."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """python: lowest and highest number that the function may return."""
 
     @property
     def key(self) -> str:
         """The score's name."""
-        return self.name or self.metric
+        return self.name or (self.function.rpartition(":")[2] if self.function else self.metric)
 
     @property
     def keys(self) -> list[str]:
-        """The names of all its scores: f1 brings a macro average with it."""
-        return [self.key, f"{self.key}_macro"] if self.metric == "f1" else [self.key]
+        """The names of all its scores."""
+        beside = {"f1": "macro", "json_fields": "whole", "choice": "per_token"}.get(self.metric)
+        return [self.key, f"{self.key}_{beside}"] if beside else [self.key]
+
+    @property
+    def generates(self) -> bool:
+        """Whether it scores generated answers."""
+        return self.metric != "choice"
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _is_a_metric(cls, metric: Any) -> Any:
+        known = get_args(Metric)
+        if isinstance(metric, str) and metric not in known:
+            near = difflib.get_close_matches(metric.lower(), known, n=1)
+            meant = _METRIC_WORDS.get(metric.lower()) or (near[0] if near else None)
+            words = ", ".join(repr(word) for word in known)
+            raise ValueError(f"Input should be one of {words}" + (f"; did you mean {meant!r}?" if meant else ""))
+        return metric
 
     @field_validator("pattern", "label_pattern")
     @classmethod
@@ -453,6 +512,40 @@ class Task(Section):
             if info.field_name == "pattern" and groups < 1:
                 raise ValueError("the pattern needs a group (...) around the part to score")
         return pattern
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, function: str | None) -> str | None:
+        if function is not None:
+            path, _, name = function.rpartition(":")
+            if not path.endswith(".py") or not name.isidentifier():
+                raise ValueError("a function is named as path/to/file.py:name")
+        return function
+
+    @field_validator("range")
+    @classmethod
+    def _range_has_a_width(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if ends[0] >= ends[1]:
+            raise ValueError("a range is [lowest, highest], and the lowest must be the smaller")
+        return ends
+
+    @model_validator(mode="after")
+    def _keys_of_the_metric(self) -> Task:
+        for key, metric in _OF_ONE_METRIC.items():
+            if self.metric != metric and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"`{key}` belongs to metric: {metric}, and the metric is {self.metric}")
+        if self.metric == "choice" and self.pattern is not None:
+            raise ValueError(
+                "metric: choice compares likelihoods of the record's choices and generates no answer to match `pattern`"
+            )
+        if self.metric == "python":
+            if self.function is None:
+                raise ValueError("metric: python needs `function`: path/to/file.py:name")
+            if not re.fullmatch(r"[a-z0-9_]+", self.key):
+                raise ValueError(
+                    f"the function's name {self.key!r} cannot name a score; give the task a `name` of a-z, 0-9 and _"
+                )
+        return self
 
 
 class Forgetting(Section):
@@ -470,7 +563,7 @@ class Evaluate(Section):
     """What is measured on the test data, with the base and with the tuned model."""
 
     tasks: list[Task] = Field(default_factory=lambda: [Task(metric="exact_match"), Task(metric="rouge_l")])
-    """Scores of generated answers."""
+    """Scores of the models' answers."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest generated answer."""
     base_instructions: str | None = None
@@ -603,6 +696,18 @@ class Recipe(Section):
         if self.machine.gradients == "auto":
             return "release" if self.train.optimizer.name in ("lomo", "adalomo") else "keep"
         return self.machine.gradients
+
+    @field_validator("evaluate")
+    @classmethod
+    def _tasks_name_test_sets(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
+        sets = info.data["data"].test if "data" in info.data else None  # without, data have a problem of their own
+        for number, task in enumerate(evaluate.tasks):
+            for name in task.tests or []:
+                if sets is not None and name not in sets:
+                    near = difflib.get_close_matches(name, sets, n=1)
+                    said = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sets) or 'none'}"
+                    raise ValueError(f"tasks[{number}].tests: data.test has no set {name!r}; {said}")
+        return evaluate
 
     @model_validator(mode="after")
     def _fused_rules_release(self) -> Recipe:

@@ -109,7 +109,7 @@ class SplitCard(Record):
     lengths: LengthSummary
     """Zeros where there is no example."""
     formats: dict[str, int]
-    """Records by the form they came in: messages, prompt_completion, alpaca, sharegpt, text, preference."""
+    """Records by the form they came in: messages, prompt_completion, alpaca, sharegpt, text, preference, choices."""
     dropped_too_long: int
     """Examples left out as `too_long: drop` says."""
     truncated: int
@@ -139,6 +139,8 @@ class TestItem(Record):
     tools: list[Any] | None
     reference: str
     """The answer to compare with."""
+    choices: list[str] | None = None
+    """What the answer is one of, where the record says so."""
 
 
 class Place(Record):
@@ -780,6 +782,17 @@ class EvaluationCard(StageRecord):
     base_was_instructed: bool
     forgotten: Forgotten | None = None
     """None where the recipe leaves it out, or an older version evaluated."""
+    signatures: dict[str, str] = Field(default_factory=dict)
+    """How a library says it computed a score, by score."""
+
+
+class ChoiceLikelihood(Record):
+    """One of a record's choices, as a model sees it after the prompt."""
+
+    text: str
+    log_likelihood: float
+    """Sum over its tokens, nats."""
+    tokens: int
 
 
 class Prediction(Record):
@@ -794,6 +807,8 @@ class Prediction(Record):
     stopped: bool
     """The answer ended by an end-of-turn token, not by the length limit."""
     scores: dict[str, float]
+    choices: list[ChoiceLikelihood] | None = None
+    """Where a choice was scored; `answer` is the likeliest one, unless other tasks had an answer generated."""
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------

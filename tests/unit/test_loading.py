@@ -108,6 +108,19 @@ def test_paths_are_named_as_the_user_wrote_them(folder: Path, data: str, said: s
         ("machine: {memory_limit: [8]}", "machine.memory_limit: input should be a valid string"),
         ("machine: {device: tpu}", "machine.device: input should be 'auto', 'cpu', 'cuda' or 'mps' (found 'tpu')"),
         ("evaluate: {tasks: [{metric: f1}, {metric: f2}]}", "evaluate.tasks[1].metric: input should be"),
+        (
+            "evaluate: {tasks: [{metric: acc_norm}]}",
+            "evaluate.tasks[0].metric: input should be one of 'exact_match', 'f1', 'rouge_l', ",
+        ),
+        ("evaluate: {tasks: [{metric: f1, function: a.py:b}]}", "evaluate.tasks[0]: `function` belongs to metric: python, and"),
+        (
+            "evaluate: {tasks: [{metric: json_valid, schema: a}]}",
+            "evaluate.tasks[0].schema: unknown key; did you mean 'json_schema'?",
+        ),
+        (
+            "evaluate: {tasks: [{metric: f1, tests: [seen]}]}",
+            "evaluate: tasks[0].tests: data.test has no set 'seen'; there are: none",
+        ),
         ("eval_steps: 3", "eval_steps: unknown key; did you mean 'train.evaluate_every_steps'?"),
         ("trian: {}", "trian: unknown key; did you mean 'train'?"),
         ("warmup_ratio: 0.1", "warmup_ratio: unknown key; did you mean 'train.schedule.warmup_ratio'?"),
@@ -224,6 +237,29 @@ def test_overrides_are_read_as_yaml_and_go_over_the_file(folder: Path) -> None:
     assert recipe.evaluate.tasks[0].pattern == "a=(b)"
     assert recipe.name == "b"
     assert load(folder / "recipe.yaml", overrides).overrides == overrides
+
+
+@pytest.mark.parametrize(
+    ("written_as", "meant"), [("acc_norm", "choice"), ("BLUE", "bleu"), ("json_field", "json_fields"), ("gsm8k", "numeric")]
+)
+def test_a_word_for_a_metric_is_answered_with_the_nearest_one(folder: Path, written_as: str, meant: str) -> None:
+    [said] = refusal(folder, f"{LEAST}evaluate: {{tasks: [{{metric: {written_as}}}]}}\n")
+    assert said.endswith(f"; did you mean '{meant}'? (found '{written_as}')")
+
+
+def test_files_of_a_task_are_found_beside_the_recipe(folder: Path) -> None:
+    tasks = "[{metric: json_valid, json_schema: a.json}, {metric: python, function: 'own/grade.py:tone'}]"
+    with pytest.raises(DataError) as raised:
+        written(folder, f"{LEAST}evaluate:\n  tasks: {tasks}\n")
+    assert "recipe.yaml:5: evaluate.tasks[0].json_schema: file not found: a.json" in raised.value.message
+    assert "recipe.yaml:5: evaluate.tasks[1].function: file not found: own/grade.py" in raised.value.message
+    (folder / "own").mkdir()
+    (folder / "own" / "grade.py").touch()
+    (folder / "a.json").touch()
+    first, second = written(folder, f"{LEAST}evaluate:\n  tasks: {tasks}\n").evaluate.tasks
+    assert first.json_schema == str(folder / "a.json")
+    assert second.function == f"{folder / 'own' / 'grade.py'}:tone"
+    assert second.key == "tone"
 
 
 def test_an_override_takes_the_place_of_a_short_form(folder: Path) -> None:

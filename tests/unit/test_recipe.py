@@ -162,6 +162,39 @@ def test_a_task_is_named_after_its_metric_unless_named() -> None:
     assert Task(metric="f1", name="codes").key == "codes"
 
 
+def test_the_scores_of_a_task_are_named() -> None:
+    assert Task(metric="json_fields").keys == ["json_fields", "json_fields_whole"]
+    assert Task(metric="choice", name="quiz").keys == ["quiz", "quiz_per_token"]
+    assert Task(metric="python", function="a/b.py:tone").keys == ["tone"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"metric": "python"}, "metric: python needs `function`"),
+        ({"metric": "python", "function": "grade.py"}, "a function is named as path/to/file.py:name"),
+        ({"metric": "python", "function": "grade:tone"}, "a function is named as path/to/file.py:name"),
+        ({"metric": "python", "function": "grade.py:Tone"}, "the function's name 'Tone' cannot name a score"),
+        ({"metric": "python", "function": "grade.py:tone", "range": [1, 1]}, "the lowest must be the smaller"),
+        ({"metric": "f1", "range": [0, 2]}, "`range` belongs to metric: python, and the metric is f1"),
+        ({"metric": "chrf", "tokenize": "zh"}, "`tokenize` belongs to metric: bleu"),
+        ({"metric": "json_fields", "json_schema": "a"}, "`json_schema` belongs to metric: json_valid"),
+        ({"metric": "choice", "pattern": "(a)"}, "generates no answer to match `pattern`"),
+        ({"metric": "f1", "tests": []}, "tests"),
+    ],
+)
+def test_keys_of_a_task_belong_to_its_metric(keys: dict[str, Any], said: str) -> None:
+    assert said in problems(Task, **keys)
+
+
+def test_a_task_names_test_sets_that_there_are() -> None:
+    task = {"metric": "choice", "tests": ["quizz"]}
+    data = {"train": "a", "test": {"quiz": "b"}}
+    assert "data.test has no set 'quizz'; did you mean 'quiz'?" in problems(
+        Recipe, **{**LEAST, "data": data}, evaluate={"tasks": [task]}
+    )
+
+
 @pytest.mark.parametrize(("pattern", "said"), [("a.*", "needs a group"), ("(", "not a regular expression")])
 def test_a_pattern_is_a_regular_expression_with_a_group(pattern: str, said: str) -> None:
     assert said in problems(Task, metric="f1", pattern=pattern)

@@ -10,6 +10,8 @@ The columns tell the form; columns that do not belong to it are ignored:
     text                text                            Document
     preference          chosen, rejected [+ prompt]     as prompt/completion with the chosen answer; the rejected one is no text
                                                         to learn from, and supervised training leaves it alone
+    choices             choices, answer and question    Pair of the question (or prompt) and the right choice; the answer is its
+                        or prompt                       text, or its number from 0. Read so only where no other form fits
 
 Promises: every answer that comes out of here holds something; text is passed on as written, neither trimmed nor
 repaired; a record that fits no form, or two, is refused by name and line. Whether a model's chat template can render a
@@ -27,7 +29,7 @@ from fullrank.data.parse import shortened
 from fullrank.data.sources import RawRecord, kind_of
 from fullrank.errors import DataError
 
-Form = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference"]
+Form = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "choices"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
@@ -50,6 +52,10 @@ class Pair:
 
     prompt: str
     completion: str
+    choices: tuple[str, ...] = ()
+    """What the completion was to be chosen from; empty where nothing was."""
+    right: int = 0
+    """Which of the choices the completion is."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ _COLUMNS: dict[Form, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "text": ("text",),
     "preference": ("chosen", "rejected"),
+    "choices": ("choices", "answer"),
 }
 _FORMS_IN_WORDS = " | ".join(" + ".join(columns) for columns in _COLUMNS.values())
 
@@ -102,6 +109,8 @@ def normalise(record: RawRecord) -> tuple[Form, Conversation | Pair | Document]:
         return form, Conversation(_answered(record, "conversations", _sharegpt(record)), _tools(record))
     if form == "preference":
         return form, _preferred(record)
+    if form == "choices":
+        return form, _chosen(record)
     if form == "text":
         return form, Document(_text(record, "text", "record without text"))
     if form == "alpaca":
@@ -119,6 +128,7 @@ def _form(record: RawRecord) -> Form:
     # A table that mixes forms has every column in every row: the empty ones say nothing.
     filled = [form for form in matching if any(fields[column] is not None for column in _COLUMNS[form])]
     matching = filled or matching
+    matching = [form for form in matching if form != "choices"] or matching  # choices beside an answer are further columns
     if len(matching) == 1:
         return matching[0]
     if matching:
@@ -174,6 +184,32 @@ def _preferred(record: RawRecord) -> Conversation | Pair:
         before = [{"role": "user", "content": _text(record, "prompt", "record without a prompt")}]
     is_there = chosen[: len(before)] == before or any(message["role"] == "user" for message in chosen)
     return Conversation(chosen if is_there else before + chosen, _tools(record))
+
+
+def _chosen(record: RawRecord) -> Pair:
+    """The question and the right one of its choices."""
+    column = "question" if "question" in record.fields else "prompt"
+    if column not in record.fields:
+        raise DataError(f"{record.origin}: record without a prompt: there are 'choices' but neither 'question' nor 'prompt'")
+    prompt = _text(record, column, "record without a prompt")
+    choices, answer = record.fields["choices"], record.fields["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        found = f"{len(choices)} of them" if isinstance(choices, list) else kind_of(choices)
+        raise DataError(f"{record.origin}: choices: must be a list of at least two texts, found {found}")
+    for index, choice in enumerate(choices):
+        if not isinstance(choice, str) or not choice.strip():
+            found = "an empty one" if isinstance(choice, str) else kind_of(choice)
+            raise DataError(f"{record.origin}: choices[{index}]: must be text, found {found}")
+    if isinstance(answer, str) and answer in choices:
+        right = choices.index(answer)
+    elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        right = answer
+    else:
+        raise DataError(
+            f"{record.origin}: answer: must be the text of a choice, or its number from 0 to {len(choices) - 1}, "
+            f"found {shortened(repr(answer))}"
+        )
+    return Pair(prompt, choices[right], tuple(choices), right)
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------

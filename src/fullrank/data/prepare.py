@@ -32,7 +32,7 @@ from fullrank.sequences.store import Example as StoredExample
 from fullrank.sequences.store import write_shard
 
 #: Raised whenever the same records would give another shard, so that shards written before are not taken for current.
-PREPARATION_VERSION = 3
+PREPARATION_VERSION = 4
 
 #: Records encoded together: enough to spread the cost of a call, little enough to hold.
 _BATCH = 256
@@ -304,11 +304,12 @@ class Prepare:
                 last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
                 reference = messages[last].get("content") or ""
                 return TestItem(id="", messages=messages[:last], prompt=None, tools=tools, reference=reference)
-            case Pair(prompt, completion) if self._renderer.has_template:
-                messages = as_conversation(prompt, completion)[:1]
-                return TestItem(id="", messages=messages, prompt=None, tools=None, reference=completion)
-            case Pair(prompt, completion):
-                return TestItem(id="", messages=None, prompt=prompt, tools=None, reference=completion)
+            case Pair(prompt, completion, choices, right):
+                texts = [*choices[:right], completion, *choices[right + 1 :]] if choices else None  # the right one may be masked
+                has_template = self._renderer.has_template
+                conversation = as_conversation(prompt, completion)[:1] if has_template else None
+                asked = None if has_template else prompt
+                return TestItem(id="", messages=conversation, prompt=asked, tools=None, reference=completion, choices=texts)
             case Document():
                 raise DataError("a test record needs a prompt and an answer; raw text belongs into data.validation")
 

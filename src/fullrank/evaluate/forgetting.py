@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fullrank.evaluate.metrics import Items, loss_items
+from fullrank.evaluate.items import Items, mean
+from fullrank.evaluate.metrics import loss_items
 from fullrank.evaluate.statistics import interval, paired_difference
 from fullrank.generation import probe
 from fullrank.generation.divergence import Remembered
@@ -30,7 +31,7 @@ from fullrank.recipe import Forgetting
 from fullrank.records import BlockDrift, Forgotten, GroupScores, TextScores
 from fullrank.run import fingerprint, write_text
 from fullrank.sequences.chat import ChatRenderer, Tokens
-from fullrank.sequences.store import ExampleList, TokenStore
+from fullrank.sequences.store import Example, TokenStore
 
 #: Tokens of the base's own text whose states after every block are compared.
 _STATE_TOKENS = 256
@@ -72,7 +73,7 @@ class Asked:
             drawn = sampled(model, prompts, stop_ids=stop_ids, max_new_tokens=wanted.tokens, seed=wanted.seed)
             self._texts = [text for text in drawn if any(text.supervised)]
             _keep(texts_folder / f"{what}.json", self._texts)
-        self._remembered = Remembered(model, ExampleList(self._texts), budget_tokens)
+        self._remembered = Remembered(model, _as_examples(self._texts), budget_tokens)
         self._general = {
             name: Remembered(model, _beginning(TokenStore(folder)), budget_tokens) for name, folder in general.items()
         }
@@ -96,16 +97,20 @@ class Asked:
         )
 
 
-def _beginning(store: TokenStore) -> ExampleList:
+def _as_examples(texts: Sequence[Tokens]) -> list[Example]:
+    return [Example(np.asarray(text.ids), np.asarray(text.supervised)) for text in texts]
+
+
+def _beginning(store: TokenStore) -> list[Example]:
     """The first examples of a store, as many as can be kept in memory."""
-    chosen, tokens = [], 0
+    chosen: list[Example] = []
+    tokens = 0
     for number in range(len(store)):
-        example = store[number]
-        chosen.append(Tokens(example.ids.tolist(), example.supervised.tolist()))
-        tokens += example.supervised_targets
+        chosen.append(store[number])
+        tokens += chosen[-1].supervised_targets
         if tokens >= _MOST_TOKENS:
             break
-    return ExampleList(chosen)
+    return chosen
 
 
 def _text_scores(remembered: Remembered, model: PreTrainedModel) -> TextScores:
@@ -161,8 +166,7 @@ def _by_group(before: Sequence[probe.Answered], after: Sequence[probe.Answered])
 
 
 def _right(answers: Sequence[probe.Answered]) -> Items:
-    stats_NK = np.array([[float(answer.is_right), 1.0] for answer in answers])
-    return Items(stats_NK, lambda sums: np.asarray(sums[..., 0] / sums[..., 1]))
+    return mean([float(answer.is_right) for answer in answers])
 
 
 # ---- drift ----------------------------------------------------------------------------------------------------------

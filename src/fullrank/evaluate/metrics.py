@@ -1,63 +1,41 @@
 """Scores of answers against references, item by item.
 
-A score is a function of sums: each item contributes a row of statistics (hits and misses, losses and tokens), and the
-score is computed from the rows' sum. So the score of any resample of the items costs one weighted sum, and so does
-the score without one item, which is what makes intervals (`fullrank.evaluate.statistics`) cheap; an item's own score is the
-metric over it alone.
-
-Texts are compared as they are, white space around them aside; labels are compared without regard to case. Nothing here
-generates answers or knows a model.
+Each score is an `Items`: rows of statistics whose sum gives the score, so that bootstrap intervals are cheap. Texts are compared
+as they are, white space around them aside; labels are compared without regard to case. Nothing here generates answers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fullrank.errors import DataError, missing_extra
+from fullrank.evaluate import structured
+from fullrank.evaluate.custom import custom
+from fullrank.evaluate.items import Array, Items, Scale, mean, place, ratio, shortened
+from fullrank.evaluate.numeric import is_same, last_number
+from fullrank.evaluate.overlap import overlap
 from fullrank.recipe import Task
+from fullrank.run import file_digest
 
-Array = NDArray[np.float64]
-
-#: Where a score lives: in [0, 1]; without bounds; above 0, with errors that multiply. Intervals are computed by it.
-Scale = Literal["share", "linear", "log"]
+__all__ = ["Array", "Items", "Scale", "digests", "labels", "loss_items", "score"]
 
 
-@dataclass(frozen=True)
-class Items:
-    """One score's statistics over N items.
-
-    Args:
-        stats_NK: K sufficient statistics of each item.
-        reduce: sums of statistics [..., K] -> scores [...].
-        scale: where the score lives.
-    """
-
-    stats_NK: Array
-    reduce: Callable[[Array], Array]
-    scale: Scale = "linear"
-
-    @property
-    def value(self) -> float:
-        """The score over all items."""
-        return float(self.reduce(self.stats_NK.sum(axis=0)))
-
-    @property
-    def per_item(self) -> list[float]:
-        """The score of each item alone."""
-        return [float(score) for score in self.reduce(self.stats_NK)]
-
-
-def score(task: Task, references: Sequence[str], answers: Sequence[str], places: Sequence[str] = ()) -> dict[str, Items]:
-    """The scores of a task: one, named `task.key`; f1 brings the macro average as `<key>_macro` with it.
+def score(
+    task: Task,
+    references: Sequence[str],
+    answers: Sequence[str],
+    places: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+) -> dict[str, Items]:
+    """The scores of a task over generated answers: one, named `task.key`; some bring a second one, as `task.keys` has it.
 
     Where the task has a pattern, what is scored is the first group of its first match in the text. An answer that it
-    does not match is wrong: exact_match and rouge_l score it 0, f1 takes it as one label that is in no reference.
+    does not match is wrong: it scores 0, f1 takes it as one label that is in no reference, bleu and chrf as an empty text, and a
+    function of the user's is told an empty text.
 
     * exact_match: share of answers that equal their reference, white space around both aside.
     * f1: over sets of labels, parsed by `labels`. Micro: 2 tp / (2 tp + fp + fn) of the true positives, false positives
@@ -68,15 +46,26 @@ def score(task: Task, references: Sequence[str], answers: Sequence[str], places:
       macro is 1 if the answers hold none either, else 0.
     * rouge_l: mean over the items of the F-measure of the longest common subsequence of words (Lin 2004, section 3), as
       the package rouge_score computes it without stemming; its words are runs of a-z and 0-9 in lower case.
+    * numeric: share of answers whose last number equals the reference's last number (Cobbe et al. 2021, GSM8K), by the rules of
+      `fullrank.evaluate.numeric`. An answer without a number is wrong.
+    * bleu, chrf: sacrebleu's corpus BLEU (Papineni et al. 2002) and chrF2 (Popović 2015), as ratios
+      (`fullrank.evaluate.overlap`).
+    * json_valid: share of answers that are JSON (RFC 8259), and valid against `json_schema` where there is one.
+    * json_fields: of the references' leaf fields, the share that the answers have at the same path (keys, and places in lists)
+      with an equal value, numbers being equal as numbers; every field weighs the same over all items. `<key>_whole`: share of
+      answers that equal their reference altogether, fields that it does not have counting against it. An answer that is no JSON
+      has no field.
+    * python: mean of what the function returns for the items.
 
     Args:
         references: what each of the N answers should be.
         answers: the N generated answers.
         places: where each reference stands (file:line), for messages; its number by default.
+        prompts: what each item was asked, for a function of the user's; empty texts by default.
 
     Raises:
-        DataError: the pattern does not match a reference, or ROUGE-L finds no word in one.
-        UsageError: rouge_l without the `rouge` extra.
+        DataError: the pattern does not match a reference, or the metric cannot read one.
+        UsageError: an extra is missing, a JSON Schema is none, or a function of the user's fails.
         ValueError: no items, or lists of different lengths.
     """
     if not references or len(references) != len(answers):
@@ -86,17 +75,37 @@ def score(task: Task, references: Sequence[str], answers: Sequence[str], places:
         part = _scored_part(task, reference)
         if part is None:
             raise DataError(
-                f"{_place(places, number)}: task {task.key}: the pattern {task.pattern!r} does not match the reference "
-                f"{_shortened(reference)!r}",
+                f"{place(places, number)}: task {task.key}: the pattern {task.pattern!r} does not match the reference "
+                f"{shortened(reference)!r}",
                 hint="correct the task's `pattern`, or the test record",
             )
         expected.append(part)
     given = [_scored_part(task, answer) for answer in answers]
-    if task.metric == "exact_match":
-        return {task.key: _mean([float(e == g) for e, g in zip(expected, given, strict=True)])}
-    if task.metric == "f1":
-        return _set_f1(task, expected, given)
-    return {task.key: _rouge_l(task, expected, given, places)}
+    match task.metric:
+        case "exact_match":
+            return {task.key: mean([float(e == g) for e, g in zip(expected, given, strict=True)])}
+        case "f1":
+            return _set_f1(task, expected, given)
+        case "rouge_l":
+            return {task.key: _rouge_l(task, expected, given, places)}
+        case "numeric":
+            return {task.key: _numeric(task, expected, given, places)}
+        case "bleu" | "chrf":
+            return {task.key: overlap(task, expected, given, places)}
+        case "json_valid":
+            return {task.key: _json_valid(task, expected, given, places)}
+        case "json_fields":
+            return _json_fields(task, expected, given, places)
+        case "python":
+            return {task.key: custom(task, expected, given, prompts or [""] * len(expected), places)}
+        case "choice":
+            raise ValueError("choice compares likelihoods (fullrank.evaluate.choice), not answers")
+
+
+def digests(task: Task) -> list[str]:
+    """SHA-256 of the files that a task's scores depend on."""
+    files = [task.json_schema, task.function.rpartition(":")[0] if task.function else None]
+    return [file_digest(Path(file)) for file in files if file]
 
 
 def loss_items(loss_sums_N: Sequence[float], tokens_N: Sequence[int]) -> dict[str, Items]:
@@ -113,8 +122,8 @@ def loss_items(loss_sums_N: Sequence[float], tokens_N: Sequence[int]) -> dict[st
         raise ValueError("every example needs its loss and at least one supervised token, and there must be one")
     stats_NK = np.column_stack([np.asarray(loss_sums_N, np.float64), np.asarray(tokens_N, np.float64)])
     return {
-        "validation_loss": Items(stats_NK, _ratio),
-        "perplexity": Items(stats_NK, lambda sums: np.exp(_ratio(sums)), scale="log"),
+        "validation_loss": Items(stats_NK, ratio),
+        "perplexity": Items(stats_NK, lambda sums: np.exp(ratio(sums)), scale="log"),
     }
 
 
@@ -133,15 +142,6 @@ def _scored_part(task: Task, text: str) -> str | None:
         return text.strip()
     match = re.search(task.pattern, text)
     return match[1].strip() if match and match[1] is not None else None
-
-
-def _ratio(sums: Array) -> Array:
-    return np.asarray(sums[..., 0] / sums[..., 1])
-
-
-def _mean(scores: Sequence[float]) -> Items:
-    """The mean of one number in [0, 1] an item, as the ratio of two sums."""
-    return Items(np.column_stack([np.asarray(scores, np.float64), np.ones(len(scores))]), _ratio, scale="share")
 
 
 # ---- set F1 ---------------------------------------------------------------------------------------------------------
@@ -207,20 +207,72 @@ def _rouge_l(task: Task, expected: list[str], given: list[str | None], places: S
     for number, (reference, answer) in enumerate(zip(expected, given, strict=True)):
         if not re.search("[a-z0-9]", reference.lower()):
             raise DataError(
-                f"{_place(places, number)}: task {task.key}: ROUGE-L compares words of a-z and 0-9, and the reference "
-                f"{_shortened(reference)!r} holds none",
+                f"{place(places, number)}: task {task.key}: ROUGE-L compares words of a-z and 0-9, and the reference "
+                f"{shortened(reference)!r} holds none",
                 hint="score this text by exact_match, or correct the test record",
             )
         scores.append(float(scorer.score(reference, answer or "")["rougeL"].fmeasure))
-    return _mean(scores)
+    return mean(scores)
 
 
-# ---- messages -------------------------------------------------------------------------------------------------------
+# ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _place(places: Sequence[str], number: int) -> str:
-    return places[number] if places else f"test record {number + 1}"
+def _numeric(task: Task, expected: list[str], given: list[str | None], places: Sequence[str]) -> Items:
+    scores = []
+    for number, (reference, answer) in enumerate(zip(expected, given, strict=True)):
+        wanted, found = last_number(reference), last_number(answer or "")
+        if wanted is None:
+            raise DataError(
+                f"{place(places, number)}: task {task.key}: there is no number in the reference {shortened(reference)!r}",
+                hint="score this text by exact_match, or correct the test record (or the task's `pattern`)",
+            )
+        scores.append(float(found is not None and is_same(wanted, found)))
+    return mean(scores)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def _json_valid(task: Task, expected: list[str], given: list[str | None], places: Sequence[str]) -> Items:
+    check = structured.schema_check(Path(task.json_schema), f"task {task.key}") if task.json_schema else lambda _: ""
+    for number, reference in enumerate(expected):
+        if against := check(_reference(task, reference, places, number)):
+            raise DataError(
+                f"{place(places, number)}: task {task.key}: the reference is not valid against {task.json_schema}: "
+                f"{shortened(against)}",
+                hint="correct the test record, or the schema",
+            )
+
+    def is_valid(answer: str | None) -> bool:
+        try:
+            return answer is not None and not check(structured.parse(answer))
+        except structured.NotJson:
+            return False
+
+    return mean([float(is_valid(answer)) for answer in given])
+
+
+def _json_fields(task: Task, expected: list[str], given: list[str | None], places: Sequence[str]) -> dict[str, Items]:
+    stats_N2 = np.zeros((len(expected), 2))  # fields that are equal, fields of the reference
+    whole = [0.0] * len(expected)
+    for number, (text, answer) in enumerate(zip(expected, given, strict=True)):
+        reference = _reference(task, text, places, number)
+        stats_N2[number] = structured.fields(reference, reference)
+        try:
+            found = structured.parse(answer or "")
+            stats_N2[number] = structured.fields(reference, found)
+            whole[number] = float(structured.is_equal(reference, found))
+        except (structured.NotJson, RecursionError):
+            stats_N2[number, 0] = 0
+    return {task.keys[0]: Items(stats_N2, ratio, scale="share"), task.keys[1]: mean(whole)}
+
+
+def _reference(task: Task, text: str, places: Sequence[str], number: int) -> object:
+    try:
+        return structured.parse(text)
+    except structured.NotJson as error:
+        raise DataError(
+            f"{place(places, number)}: task {task.key}: the reference {shortened(text)!r} is not JSON: {error}",
+            hint="correct the test record, or give the task a `pattern` whose group holds the JSON",
+        ) from None

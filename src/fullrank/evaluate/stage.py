@@ -1,13 +1,15 @@
 """The evaluate stage: base and tuned model on the same items, under the same template and decoding.
 
 Reads `data/` and the export in `model/`; writes `evaluate/card.json` and every prompt, answer and score to
-`evaluate/predictions-<test>-<model>.jsonl`. Decoding is greedy, so there is no seed to choose. The base model may be given
-instructions that the tuned one has learned (`evaluate.base_instructions`); the record says so. Answers are kept as they come: a
-stage that was killed goes on from them.
+`evaluate/predictions-<test>-<model>.jsonl`. Decoding is greedy, so there is no seed to choose; where choices are compared by
+likelihood and nothing else is asked of a test set, nothing is generated. The base model may be given instructions that the tuned
+one has learned (`evaluate.base_instructions`); the record says so. Answers are kept as they come: a stage that was killed goes on
+from them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,20 +17,32 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from fullrank.errors import DataError
 from fullrank.evaluate import metrics
 from fullrank.evaluate.answers import KeptAnswers
+from fullrank.evaluate.choice import choice, likeliest
 from fullrank.evaluate.forgetting import Asked
 from fullrank.evaluate.metrics import Items
 from fullrank.evaluate.significance import p_value
 from fullrank.evaluate.statistics import interval, paired_difference
 from fullrank.generation.decode import greedy
-from fullrank.generation.likelihood import example_losses
+from fullrank.generation.likelihood import answer_losses, example_losses
 from fullrank.meter import Meter
 from fullrank.models.load import load_model, load_tokenizer
 from fullrank.models.resolved import ResolvedModel
 from fullrank.parallel import device as devices
-from fullrank.recipe import Recipe
-from fullrank.records import DataCard, EvaluationCard, Forgotten, Plan, Prediction, TestItem, TestScores, TrainCard
+from fullrank.recipe import Recipe, Task
+from fullrank.records import (
+    ChoiceLikelihood,
+    DataCard,
+    EvaluationCard,
+    Forgotten,
+    Plan,
+    Prediction,
+    TestItem,
+    TestScores,
+    TrainCard,
+)
 from fullrank.run import (
     Run,
     append_json_line,
@@ -54,6 +68,8 @@ class _Measured:
 
     scores: dict[str, Items]
     predictions: list[Prediction]
+    generated: bool = False
+    """Whether the answers were generated; else they are the likeliest choices."""
 
 
 def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
@@ -90,6 +106,7 @@ def stage(recipe: Recipe, run: Run, base: ResolvedModel) -> EvaluationCard:
             max_new_tokens=recipe.evaluate.max_new_tokens,
             base_was_instructed=recipe.evaluate.base_instructions is not None,
             forgotten=forgotten,
+            signatures=_signatures(measured["tuned"].values()),
         )
         write_record(folder / "card.json", card)
     kept.clear()
@@ -101,14 +118,49 @@ def rehearse(recipe: Recipe, run: Run) -> None:
     """Scores every reference against itself, so that a pattern or an extra that is missing is told before anything is trained.
 
     Raises:
-        DataError: a reference that cannot be scored.
-        UsageError: a metric's extra is not installed.
+        DataError: a reference that cannot be scored, or choices that are not there.
+        UsageError: a metric's extra is not installed, or a function of the user's fails.
     """
+    measured: list[Task] = []
     for name in recipe.data.test:
         items = _test_items(recipe, run, name)
+        tasks = _tasks(recipe, name, items)
+        if not tasks:
+            raise DataError(
+                f"data.test.{name}: no task of the recipe measures it",
+                hint="see `tests` of evaluate.tasks, or leave the test set out",
+            )
+        measured += tasks
         references = [item.reference for item in items]
-        for task in recipe.evaluate.tasks:
-            metrics.score(task, references, references, [item.id for item in items])
+        for task in tasks:
+            if task.generates:
+                metrics.score(task, references, references, [item.id for item in items], [_asked(item) for item in items])
+            elif without := next((item for item in items if item.choices is None), None):
+                raise DataError(
+                    f"{without.id}: task {task.key}: the record has no choices",
+                    hint="such a record has `question`, `choices` and `answer`; `tests` says which test sets a task measures",
+                )
+    for task in recipe.evaluate.tasks:
+        if recipe.data.test and task not in measured:
+            raise DataError(
+                f"task {task.key}: no test record has choices", hint="a record of a choice has `question`, `choices` and `answer`"
+            )
+
+
+def _tasks(recipe: Recipe, name: str, items: list[TestItem]) -> list[Task]:
+    """The tasks that measure a test set: those that name it, and of those that name none, all but a choice without choices."""
+    has_choices = any(item.choices for item in items)
+    return [
+        task
+        for task in recipe.evaluate.tasks
+        if (name in task.tests if task.tests is not None else task.generates or has_choices)
+    ]
+
+
+def _asked(item: TestItem) -> str:
+    """What a function of the user's is told of the prompt: its text, or that of the conversation's last user turn."""
+    turns = [message.get("content") or "" for message in item.messages or [] if message["role"] == "user"]
+    return item.prompt if item.prompt is not None else turns[-1] if turns else ""
 
 
 def _test_items(recipe: Recipe, run: Run, name: str) -> list[TestItem]:
@@ -118,7 +170,12 @@ def _test_items(recipe: Recipe, run: Run, name: str) -> list[TestItem]:
 
 def _fingerprint(recipe: Recipe, run: Run, data: DataCard, base: ResolvedModel) -> str:
     weights = {path.name: file_digest(path) for path in sorted(run.model.glob("*.safetensors"))}
-    return fingerprint(recipe.evaluate.model_dump(mode="json"), data.records_fingerprint, base.facts.fingerprint, weights)
+    files = [metrics.digests(task) for task in recipe.evaluate.tasks]
+    return fingerprint(recipe.evaluate.model_dump(mode="json"), files, data.records_fingerprint, base.facts.fingerprint, weights)
+
+
+def _signatures(measured: Iterable[_Measured]) -> dict[str, str]:
+    return {key: items.signature for result in measured for key, items in result.scores.items() if items.signature}
 
 
 def _compare(by_who: dict[Who, _Measured]) -> TestScores:
@@ -126,7 +183,7 @@ def _compare(by_who: dict[Who, _Measured]) -> TestScores:
     stopped = {
         who: sum(p.stopped for p in result.predictions) / len(result.predictions)
         for who, result in by_who.items()
-        if result.predictions
+        if result.generated
     }
     return TestScores(
         examples=len(next(iter(tuned.scores.values())).stats_NK),
@@ -196,8 +253,57 @@ class _Evaluation:
     def _test(self, model: PreTrainedModel, who: Who, name: str, items: list[TestItem]) -> _Measured:
         prompts = [self._prompt(item, who) for item in items]
         prompt_ids = [self._prompt_ids(item, who) for item in items]
+        tasks = _tasks(self.recipe, name, items)
+        generates = any(task.generates for task in tasks)
+        chosen = None if all(task.generates for task in tasks) else self._choices(model, items, prompts, prompt_ids)
+        if generates:
+            answers, stopped = self._answers(model, who, name, prompt_ids)
+        else:
+            answers, stopped = [likeliest(options) for options in chosen or []], [True] * len(items)
+        references, places = [item.reference for item in items], [item.id for item in items]
+        asked = [_asked(item) for item in items]
+        scores: dict[str, Items] = {}
+        for task in tasks:
+            if task.generates:
+                scores |= metrics.score(task, references, answers, places, asked)
+            else:
+                scores |= choice(task, references, chosen or [])
+        by_item = {key: result.per_item for key, result in scores.items()}
+        predictions = [
+            Prediction(
+                id=item.id,
+                prompt=prompts[n],
+                reference=item.reference,
+                answer=answers[n],
+                stopped=stopped[n],
+                scores={key: values[n] for key, values in by_item.items()},
+                choices=chosen[n] if chosen else None,
+            )
+            for n, item in enumerate(items)
+        ]
+        return _Measured(scores, predictions, generates)
+
+    def _choices(
+        self, model: PreTrainedModel, items: list[TestItem], prompts: list[str], prompt_ids: list[list[int]]
+    ) -> list[list[ChoiceLikelihood]]:
+        """Every choice of every item with its likelihood after the prompt."""
+        texts = [item.choices or [] for item in items]
+        asked = [
+            (prompt_ids[n], self.renderer.answer_ids(prompts[n], text)) for n, options in enumerate(texts) for text in options
+        ]
+        losses = iter(answer_losses(model, asked, self.budget_tokens))
+        return [
+            [
+                ChoiceLikelihood(text=text, log_likelihood=-loss, tokens=tokens)
+                for text, (loss, tokens) in zip(options, losses, strict=False)  # as many as there are options
+            ]
+            for options in texts
+        ]
+
+    def _answers(self, model: PreTrainedModel, who: Who, name: str, prompt_ids: list[list[int]]) -> tuple[list[str], list[bool]]:
+        """The answer to every prompt, and whether it ended by itself."""
         given = self.kept.take_up(f"{name}-{who}", prompt_ids)
-        left = [n for n in range(len(items)) if n not in given]
+        left = [n for n in range(len(prompt_ids)) if n not in given]
         if given:
             self.run.tell("note", stage="evaluate", words=f"{len(given)} answers of the {who} model to {name} are there already")
         for answer in greedy(
@@ -210,25 +316,8 @@ class _Evaluation:
             text = str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
             given[left[answer.prompt]] = text, answer.stopped
             self.kept.add(f"{name}-{who}", left[answer.prompt], text, stopped=answer.stopped)
-            self.run.show("answered", who=who, test=name, done=len(given), total=len(items))
-        answers, stopped = [given[n][0] for n in range(len(items))], [given[n][1] for n in range(len(items))]
-        references, places = [item.reference for item in items], [item.id for item in items]
-        scores: dict[str, Items] = {}
-        for task in self.recipe.evaluate.tasks:
-            scores |= metrics.score(task, references, answers, places)
-        by_item = {key: result.per_item for key, result in scores.items()}
-        predictions = [
-            Prediction(
-                id=item.id,
-                prompt=prompts[n],
-                reference=item.reference,
-                answer=answers[n],
-                stopped=stopped[n],
-                scores={key: values[n] for key, values in by_item.items()},
-            )
-            for n, item in enumerate(items)
-        ]
-        return _Measured(scores, predictions)
+            self.run.show("answered", who=who, test=name, done=len(given), total=len(prompt_ids))
+        return [given[n][0] for n in range(len(prompt_ids))], [given[n][1] for n in range(len(prompt_ids))]
 
     def _prompt(self, item: TestItem, who: Who) -> str:
         if item.messages is None:

@@ -16,10 +16,9 @@ from importlib.resources import files
 import yaml
 from transformers import PreTrainedModel
 
-from fullrank.generation.likelihood import example_losses
+from fullrank.generation.likelihood import answer_losses
 from fullrank.generation.samples import prompt_ids
-from fullrank.sequences.chat import ChatRenderer, Tokens
-from fullrank.sequences.store import ExampleList
+from fullrank.sequences.chat import ChatRenderer
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,21 @@ def answered(model: PreTrainedModel, renderer: ChatRenderer, asked: Sequence[Que
         asked: the questions.
         budget_tokens: most tokens of a row.
     """
-    examples = [tokens for question in asked for tokens in _examples(renderer, question)]
-    sums = {n: (loss, count) for n, loss, count in example_losses(model, ExampleList(examples), budget_tokens)}
+    asked_ids = [pair for question in asked for pair in _ids(renderer, question)]
+    sums = answer_losses(model, asked_ids, budget_tokens)
     found, first = [], 0
     for question in asked:
-        own = [sums[n] for n in range(first, first + len(question.answers))]
+        own = sums[first : first + len(question.answers)]
         first += len(own)
         means = [loss / count for loss, count in own]
         found.append(Answered(means[0] < min(means[1:]), *own[0]))
     return found
 
 
-def _examples(renderer: ChatRenderer, question: Question) -> list[Tokens]:
-    """The question with each answer, which is supervised. Tokens of an answer are its own: it is what would be written next."""
+def _ids(renderer: ChatRenderer, question: Question) -> list[tuple[list[int], list[int]]]:
+    """(ids of the question, ids of an answer) of each answer; an answer's tokens are what would be written next."""
     if renderer.has_template:
         before, space = prompt_ids(renderer, question.prompt), ""
     else:
         before, space = renderer.text_ids(f"Question: {question.prompt}\nAnswer:"), " "
-    answers = [renderer.ids(space + answer) for answer in question.answers]
-    return [Tokens([*before, *ids], [False] * len(before) + [True] * len(ids)) for ids in answers]
+    return [(before, renderer.ids(space + answer)) for answer in question.answers]

@@ -226,6 +226,8 @@ def _scores(alt: Any, report: Report) -> Figure | None:
     panels: list[Any] = []
     for test, scores in report.tests.items():
         keys = [key for key in scores.difference if key not in LOWER_IS_BETTER and key in scores.base and key in scores.tuned]
+        # a function of the user's may have another range
+        keys = [key for key in keys if all(s.low >= 0 and s.high <= 1 for s in (scores.base[key], scores.tuned[key]))]
         values = [
             {"score": metric_name(key), "model": model, "text": score_text(score.value, 2), **score.model_dump()}
             for key in keys

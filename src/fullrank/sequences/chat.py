@@ -162,6 +162,10 @@ class ChatRenderer:
         """Ids of text from people that begins a sequence: what a model without a template is asked."""
         return self._encoder.plain_ids(text, begins=True)
 
+    def answer_ids(self, prompt: str, answer: str) -> list[int]:
+        """Ids of an answer as a model would write them behind a rendered prompt, without what ends it."""
+        return self._encoder.continuation(prompt, answer)
+
     def ids(self, text: str) -> list[int]:
         """Ids of rendered text; the template has already written every control token, so none is added."""
         return self._encoder.ids(text)

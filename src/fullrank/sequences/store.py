@@ -60,26 +60,9 @@ class Example(NamedTuple):
 class Examples(Protocol):
     """Examples by their number."""
 
-    lengths: np.ndarray
-    """lengths_N in tokens."""
-
     def __len__(self) -> int: ...
 
     def __getitem__(self, example: int, /) -> Example: ...
-
-
-class ExampleList:
-    """A few examples in memory."""
-
-    def __init__(self, examples: Sequence[Tokens]) -> None:
-        self._examples = [Example(np.asarray(one.ids), np.asarray(one.supervised, np.bool_)) for one in examples]
-        self.lengths: np.ndarray = np.array([len(one.ids) for one in examples], np.int64)
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, example: int) -> Example:
-        return self._examples[example]
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------

@@ -682,7 +682,8 @@ def masked_example(
         case Document(text):
             return Document(_masked_at("text", text, texts))
         case Pair(prompt, completion):
-            return Pair(_masked_at("prompt", prompt, texts), _masked_at("completion", completion, texts))
+            masked = {"prompt": _masked_at("prompt", prompt, texts), "completion": _masked_at("completion", completion, texts)}
+            return replace(example, **masked)
         case Conversation(messages, tools):
             rewritten = [
                 {
