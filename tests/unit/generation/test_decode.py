@@ -101,7 +101,7 @@ def test_answers_equal_those_of_transformers_generate(family: str, way: str, mon
     model = tiny.model(family, vocabulary=VOCABULARY).double()
     model.set_experts_implementation("eager")  # grouped products know no float64
     asked = prompts(20)
-    found = list(greedy(model, asked, stop_ids=[STOP], max_new_tokens=10, batch_size=4))
+    found = list(greedy(model, asked, stop_ids=[STOP], max_new_tokens=10, batch_size=4, tell=pytest.fail))
     assert sorted(answer.prompt for answer in found) == list(range(len(asked)))
     for answer in found:
         assert answer.ids == generated(model, asked[answer.prompt], 10)
@@ -112,7 +112,7 @@ def test_answers_equal_those_of_transformers_generate(family: str, way: str, mon
 def test_windows_shorter_and_longer_than_the_texts(window: int, shared: int) -> None:
     model = tiny.model("mistral", vocabulary=VOCABULARY, sliding_window=window)
     asked = prompts(shared)
-    found = list(greedy(model, asked, stop_ids=[STOP], max_new_tokens=9, batch_size=5))
+    found = list(greedy(model, asked, stop_ids=[STOP], max_new_tokens=9, batch_size=5, tell=pytest.fail))
     same(found, [alone(model, prompt, [STOP], 9) for prompt in asked])
 
 
@@ -144,7 +144,7 @@ def test_keys_and_values_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -
         together.add(len(held.lengths))
 
     monkeypatch.setattr(slots.Slots, "advance", look)
-    found = list(greedy(model, prompts(40), stop_ids=stop_ids, max_new_tokens=12, cache_bytes=budget))
+    found = list(greedy(model, prompts(40), stop_ids=stop_ids, max_new_tokens=12, cache_bytes=budget, tell=pytest.fail))
     same(found, wanted)
     assert 0.5 * budget < most <= budget
     assert 3 <= max(together) < len(wanted), "texts took turns"
