@@ -306,10 +306,9 @@ class Prepare:
                 return TestItem(id="", messages=messages[:last], prompt=None, tools=tools, reference=reference)
             case Pair(prompt, completion, choices, right):
                 texts = [*choices[:right], completion, *choices[right + 1 :]] if choices else None  # the right one may be masked
-                has_template = self._renderer.has_template
-                conversation = as_conversation(prompt, completion)[:1] if has_template else None
-                asked = None if has_template else prompt
-                return TestItem(id="", messages=conversation, prompt=asked, tools=None, reference=completion, choices=texts)
+                turns = as_conversation(prompt, completion)[:1] if self._renderer.has_template else None
+                asked = None if turns else prompt
+                return TestItem(id="", messages=turns, prompt=asked, tools=None, reference=completion, choices=texts)
             case Document():
                 raise DataError("a test record needs a prompt and an answer; raw text belongs into data.validation")
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fullrank.errors import DataError, UsageError
 from fullrank.evaluate import stage as room
+from fullrank.evaluate.answers import KeptAnswers
 from fullrank.records import DataCard, Plan
 from fullrank.run import need_record, read_json_lines
 
@@ -44,7 +45,8 @@ def measured(found: Staged) -> dict[str, Any]:
     found.plan()
     shutil.copytree(found.base.folder, found.run.model, dirs_exist_ok=True)
     plan, data = need_record(found.run.plan_path, Plan, "plan"), need_record(found.run.data / "card.json", DataCard, "data")
-    return room._Evaluation(found.recipe, found.run, found.base, plan, stop_ids=data.stop_ids).measure("base")
+    kept = KeptAnswers(found.run.root / ".evaluate.answers", "these")
+    return room._Evaluation(found.recipe, found.run, found.base, plan, kept, stop_ids=data.stop_ids).measure("base")
 
 
 @pytest.fixture(scope="module")
