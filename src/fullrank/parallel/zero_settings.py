@@ -311,7 +311,10 @@ class _Check:
             return
         is_mixed = self.recipe.train.precision == "bf16-mixed"
         if value.get("enabled", _AUTO) not in (_AUTO, is_mixed):
-            self._conflict("bf16.enabled", value["enabled"], "train.precision", self.recipe.train.precision)
+            self.problems.append(
+                f"bf16.enabled is {_shown(value['enabled'])}, but train.precision is {_shown(self.recipe.train.precision)}: "
+                f"write {_shown(is_mixed)} or {_AUTO!r} here, or change the recipe"
+            )
 
     def _data_types(self, value: Any) -> None:
         if self._is_section("data_types", value, {"grad_accum_dtype"}):

@@ -112,7 +112,7 @@ def test_every_contradiction_is_named_with_both_values_at_once(tmp_path: Path) -
         ("train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 4 x 2 ranks = 32", "global_batch_size 16"),
         ("gradient_clipping is 0.5", "train.max_grad_norm is 1.0"),
         ("fp16:", "train.precision"),
-        ("bf16.enabled is true", 'train.precision is "fp32"'),
+        ("bf16.enabled is true", "train.precision is \"fp32\": write false or 'auto' here"),
         ("optimizer.params.lr is 0.0001", "train.optimizer.learning_rate is 2e-05"),
         ("optimizer.params.weight_decay is 0.1", "train.optimizer.weight_decay is 0.0"),
         ('scheduler.type is "WarmupDecayLR"', 'train.schedule.name is "cosine"'),
