@@ -30,7 +30,8 @@ def overlap(task: Task, expected: Sequence[str], given: Sequence[str | None], pl
         UsageError: sacrebleu is not installed.
     """
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
     except ImportError:
         raise missing_extra("sacrebleu", "bleu", f"the task {task.key} ({task.metric})") from None
     for number, reference in enumerate(expected):
