@@ -11,6 +11,7 @@ own.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,15 +31,16 @@ def overlap(task: Task, expected: Sequence[str], given: Sequence[str | None], pl
         UsageError: sacrebleu is not installed.
     """
     try:
-        from sacrebleu.metrics.bleu import BLEU
-        from sacrebleu.metrics.chrf import CHRF
+        library: Any = importlib.import_module("sacrebleu.metrics")
     except ImportError:
         raise missing_extra("sacrebleu", "bleu", f"the task {task.key} ({task.metric})") from None
     for number, reference in enumerate(expected):
         if not reference.strip():
             raise DataError(f"{place(places, number)}: task {task.key}: the reference is empty, so no n-gram can be compared")
     # force: a text that ends in " ." is as the model wrote it
-    metric: Any = BLEU(tokenize=task.tokenize, effective_order=True, force=True) if task.metric == "bleu" else CHRF()
+    metric: Any = (
+        library.BLEU(tokenize=task.tokenize, effective_order=True, force=True) if task.metric == "bleu" else library.CHRF()
+    )
     stats_NK = metric._extract_corpus_statistics([answer or "" for answer in given], [list(expected)])
     stats = np.asarray(stats_NK, np.float64)
     return Items(stats, partial(_reduced, metric), scale="share", signature=str(metric.get_signature()))
