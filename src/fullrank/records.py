@@ -731,7 +731,7 @@ class GroupScores(Record):
     """Share whose right answer is the likeliest of four."""
     tuned: Score
     difference: Score
-    """tuned - base, resampled in pairs."""
+    """tuned - base, on the same items."""
     loss_difference: Score
     """Of the right answers, nats a token, tuned - base."""
 
@@ -754,7 +754,7 @@ class TextScores(Record):
     tokens: int
     """Of these that count: drawn ones, or supervised ones."""
     kl: Score
-    """Forward KL divergence of the tuned model's predictions from the base's on them, nats a token; resampled by texts."""
+    """Forward KL divergence of the tuned model's predictions from the base's on them, nats a token; an interval over texts."""
     loss_difference: Score
     """Of these tokens, nats a token, tuned - base."""
 

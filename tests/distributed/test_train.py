@@ -116,6 +116,15 @@ def test_under_torchrun_the_same(case: Path, of_two: dict[str, Any]) -> None:
     assert all(np.array_equal(weights[name], tensor) for name, tensor in of_two.items())
 
 
+def test_what_the_first_rank_refuses_ends_all_of_them(case: Path) -> None:
+    (case.parent / "train.jsonl").write_text('{"prompt": "no answer"}\n', encoding="utf-8")
+    process = start(case, torchrun=2)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode != 0
+    assert errors.count("error: ") == 1 and "train.jsonl:1" in errors  # one of them says why
+    assert "Connection closed by peer" not in errors and "RuntimeError" not in errors
+
+
 def test_two_machines_that_share_a_folder(case: Path, of_two: dict[str, Any]) -> None:
     """Two agents of one rank each, as on two machines, which meet at an address."""
     with socket.socket() as free:

@@ -1,7 +1,7 @@
 """Scores of answers against references, item by item.
 
-Each score is an `Items`: rows of statistics whose sum gives the score, so that bootstrap intervals are cheap. Texts are compared
-as they are, white space around them aside; labels are compared without regard to case. Nothing here generates answers.
+Each score is an `Items`: rows of statistics whose sum gives the score, so that intervals are cheap. Texts are compared as they
+are, white space around them aside; labels are compared without regard to case. Nothing here generates answers.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from fullrank.parallel.engine import EngineState, StepOutcome
 from fullrank.parallel.groups import hidden_matrices, rates
 from fullrank.parallel.sharded import piece_of, sharded_modules
 from fullrank.parallel.single import SingleDevice
-from fullrank.parallel.world import World
+from fullrank.parallel.world import World, own_seed
 from fullrank.recipe import Train
 from fullrank.sequences.layout import MicroBatch
 from fullrank.sequences.loss import add_gradients, token_losses
@@ -113,7 +113,7 @@ class Fsdp2(SingleDevice):
     ) -> StepOutcome:
         model: Any = self.model
         model.train()
-        torch.manual_seed(seed * self._world.size + self._world.rank if self.rows.drops else seed)
+        torch.manual_seed(own_seed(seed, self._world) if self.rows.drops else seed)
         self._updater.reset_changed()
         rows = list(micro_batches)
         loss = torch.zeros((), device=self.device)

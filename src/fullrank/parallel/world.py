@@ -74,6 +74,11 @@ class World:
 ALONE = World()
 
 
+def own_seed(seed: int, world: World) -> int:
+    """A seed of a rank's own, from one that all have: of 63 bits, as generators take them."""
+    return (seed * world.size + world.rank) % (1 << 63)
+
+
 def told(environment: Mapping[str, str] = os.environ) -> World | None:
     """The rank that a launcher made this process; None where none did (srun: `fullrank.cli.srun`).
 
@@ -122,18 +127,14 @@ def joined(world: World, device_type: str, *, patience_seconds: float) -> Iterat
     Raises:
         UsageError: there is no CUDA device for this rank.
     """
-    if world.size == 1:  # FSDP2 wants a group of one, too
-        store = distributed.HashStore()  # type: ignore[attr-defined]
-        distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            yield world
-        finally:
-            distributed.destroy_process_group()
-        return
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(cuda_index(world))
-    distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=patience_seconds))
+    if world.size == 1:  # FSDP2 wants a group of one, too
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=patience_seconds))
     try:
         yield world
     finally:

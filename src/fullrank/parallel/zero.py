@@ -28,6 +28,7 @@ from fullrank.optim.update import Updater
 from fullrank.parallel.engine import EngineState, StepOutcome
 from fullrank.parallel.groups import rates
 from fullrank.parallel.single import SingleDevice
+from fullrank.parallel.world import own_seed
 from fullrank.parallel.zeroed import Zeroed
 from fullrank.recipe import Train
 from fullrank.sequences.layout import MicroBatch
@@ -90,7 +91,7 @@ class Zero(SingleDevice):
     ) -> StepOutcome:
         deepspeed, ranks = self._zeroed.engine, self._world.size
         self.model.train()
-        torch.manual_seed(seed * ranks + self._world.rank if self.rows.drops else seed)
+        torch.manual_seed(own_seed(seed, self._world) if self.rows.drops else seed)
         self._updater.reset_changed()
         rows = list(micro_batches)
         loss = torch.zeros((), device=self.device)

@@ -97,10 +97,9 @@ def stage(
         return card
     _refuse_other_inputs(run, inputs)
     run.tell("started", stage="train")
-    with Meter() as meter:
+    with Meter() as meter, Heartbeat(world, run.train, end or _end) as heart:
         try:
-            is_long = are_long(plan.micro_batch_tokens, base.facts.hidden_size)
-            with quiet(long_rows=is_long), Heartbeat(world, run.train, end or _end) as heart:
+            with quiet(long_rows=are_long(plan.micro_batch_tokens, base.facts.hidden_size)):
                 heart.at("the roll call")
                 roll.call(recipe, run, base, data, world, devices.choose(plan.machine.device))
                 training = _Training(recipe, run, base, data, plan, meter, world, heart)
@@ -115,6 +114,7 @@ def stage(
                 f"planned of {format_bytes(plan.machine.memory_available_bytes)}",
                 hint=f"set machine.memory_limit lower and delete {run.plan_path}: a new plan takes smaller rows",
             ) from error
+        heart.at("the export")
         checked = training.export()
     if checked is None:
         return None

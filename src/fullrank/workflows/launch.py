@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -254,6 +255,11 @@ def main(root: str, steps: str = "") -> int:
             return 0
         except FullrankError as error:
             say.error(error)
+            return 1
+        except Exception as error:  # a bug, or what no check foresaw: named like anything else, and whole where it happened
+            traceback.print_exc()
+            words = f"rank {world.rank}: {type(error).__name__}: {error}"
+            say.error(FullrankError(words, hint=f"what led to it is above; the same command continues from {run.train}"))
             return 1
     return 0
 

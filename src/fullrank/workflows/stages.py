@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from fullrank.data import stage as data_stage
-from fullrank.errors import UsageError
+from fullrank.errors import FullrankError, UsageError
 from fullrank.loading import LoadedRecipe, differences, dump
 from fullrank.recipe import Recipe
 from fullrank.records import DataCard, EvaluationCard, Plan, Profile, Score, StageRecord, TrainCard
@@ -59,6 +59,7 @@ def _run_among_ranks(last: StageName, loaded: LoadedRecipe, runs_dir: Path, list
     """As `run_until`, for a rank that torchrun or another launcher started: all train, the first one does the rest."""
     from fullrank.parallel.world import joined
     from fullrank.parallel.world import told as told_world
+    from fullrank.parallel.zeroed import forget_groups
     from fullrank.workflows.launch import PATIENCE_SECONDS
 
     world = told_world()
@@ -70,15 +71,24 @@ def _run_among_ranks(last: StageName, loaded: LoadedRecipe, runs_dir: Path, list
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(contextlib.ExitStack())
         ranks.enter_context(joined(world, told.recipe.machine.device, patience_seconds=PATIENCE_SECONDS))
+        refusal: FullrankError | None = None
         if world.is_first:
-            stack.enter_context(opened(loaded, told.recipe, runs_dir, listener))
-            for words in said:
-                run.tell("note", stage="model", words=words)
-            for name in ("data", "plan"):
-                _run_stage(name, told, run, world)
-        world.wait()
+            try:
+                stack.enter_context(opened(loaded, told.recipe, runs_dir, listener))
+                for words in said:
+                    run.tell("note", stage="model", words=words)
+                for name in ("data", "plan"):
+                    _run_stage(name, told, run, world)
+            except FullrankError as error:
+                refusal = error
+        code = world.gathered(refusal.exit_code if refusal else 0)[0]
+        if refusal is not None:
+            raise refusal
+        if code:  # the first rank says why
+            raise SystemExit(code)
         if "train" in wanted:
             _run_stage("train", told, run, world)
+        forget_groups()
         gc.collect()  # what still holds the ranks' groups, before they go
         ranks.close()
         if world.is_first:
