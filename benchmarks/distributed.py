@@ -97,15 +97,17 @@ def _asked(ranks: int, **request: Any) -> dict[str, Any]:
     return found
 
 
-def _cut(folder: Path, blocks: int) -> Path:
-    """SmolLM2 with its first blocks only, in fp32."""
+def _cut(folder: Path, blocks: int, vocabulary: int) -> Path:
+    """SmolLM2 with its first blocks and the first tokens of its vocabulary only, in fp32."""
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer; from pathlib import Path; "
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32); n = int(sys.argv[3]); "
         "m.model.layers = m.model.layers[:n]; m.config.num_hidden_layers = n; m.config.layer_types = None; "
+        "m.resize_token_embeddings(int(sys.argv[4])); "
         "m.save_pretrained(sys.argv[2]); AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
     )
-    must(measure([sys.executable, "-c", code, str(folder_of(MODEL)), str(folder), str(blocks)], ROOT, looks_on=False))
+    given = [str(folder_of(MODEL)), str(folder), str(blocks), str(vocabulary)]
+    must(measure([sys.executable, "-c", code, *given], ROOT, looks_on=False))
     return folder
 
 
@@ -114,10 +116,10 @@ def _cut(folder: Path, blocks: int) -> Path:
 
 def equal() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Losses and weights beside one process's."""
-    blocks, steps = 4, 50
+    blocks, vocabulary, steps = 4, 4096, 50
     train = {"train": {"precision": "fp32", "optimizer": {"learning_rate": RATE}}}
     figures: dict[str, Any] = {
-        "model": f"{MODEL}, its first {blocks} blocks",
+        "model": f"{MODEL}, its first {blocks} blocks and {vocabulary:,} tokens",
         "steps": steps,
         "learning_rate": RATE,
         "rows": 4,
@@ -125,7 +127,7 @@ def equal() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     }
     targets = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _cut(Path(scratch) / "model", blocks)
+        folder = _cut(Path(scratch) / "model", blocks, vocabulary)
         for dtype in ("float64", "float32"):
             asked: dict[str, Any] = {"model": str(folder), "dtype": dtype, "steps": steps, "rows": 4, "row_tokens": 32}
             alone = _asked(0, **asked, recipe=train, weights=str(Path(scratch) / "alone"))
