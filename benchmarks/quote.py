@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("data", "speed", "memory", "parallel", "simulate")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("data", "speed", "memory", "parallel")))
 _BLOCK = re.compile(r"(<!-- figures: benchmarks/quote.py (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 

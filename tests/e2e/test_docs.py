@@ -44,6 +44,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, smollm2: None) -> Path:
     return folder
 
 
+@pytest.mark.timeout(2400)  # dozens of commands, several of which train and evaluate a real model
 def test_every_command_works(newcomer: Path) -> None:
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env.pop("OMP_NUM_THREADS", None)  # a newcomer's machine computes with all its cores
