@@ -108,7 +108,7 @@ def answer(request: Request, ranks: World | None) -> dict[str, Any] | None:
     started_with = resident_bytes()
     engine: SingleDevice
     losses, norms, seconds = [], [], []
-    with quiet():
+    with quiet(large_apart=world.size > 1):
         if ranks is None:
             model = load_model(folder, device=torch.device("cpu"), dtype=dtype)
             engine = SingleDevice(RowModel(model), recipe.train, recompute=request.recompute)

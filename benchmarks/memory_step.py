@@ -60,7 +60,7 @@ def answer(request: Request) -> dict[str, Any]:
     waiting = Path(tempfile.mkdtemp())
     seconds, norms, losses, changed = [], [], [], []
     hidden = AutoConfig.from_pretrained(request.model).get_text_config().hidden_size
-    with quiet(long_rows=are_long(request.row_tokens, hidden)):
+    with quiet(large_apart=are_long(request.row_tokens, hidden)):
         rows = load_rows(recipe, Path(request.model), torch.device("cpu"))
         engine = engine_for(recipe, rows, request.recompute, waiting)
         vocabulary = rows.model.config.get_text_config().vocab_size

@@ -7,7 +7,8 @@ memory is kept. Python looks for cycles at moments of its own; while training it
 With long rows that is another matter: what is kept of a block, dozens of megabytes, is cut out of what larger arrays left, and
 what remains of those fits nothing. Such holes came to as much as all else together (docs/LOG.md), so large arrays then have
 mappings of their own, which the system takes back; a row that long has so much to compute that new pages cost it a few hundredths
-of its time.
+of its time. So it is with ranks, which gather a block's weights and let go of them all the time: their holes were as large as what
+they hold.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ def are_long(row_tokens: int, hidden_size: int) -> bool:
 
 
 @contextlib.contextmanager
-def quiet(*, long_rows: bool = False) -> Iterator[None]:
+def quiet(*, large_apart: bool = False) -> Iterator[None]:
     """Inside, memory that is freed stays with the process and garbage is collected by `between_steps` alone.
 
     Args:
-        long_rows: see `are_long`; large arrays are then given back.
+        large_apart: large arrays have mappings of their own and are given back: for rows that `are_long`, and for ranks.
     """
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
     gc.disable()
-    if long_rows:
+    if large_apart:
         _set(_M_MMAP_THRESHOLD, LARGE_BYTES)
     else:
         _set(_M_MMAP_MAX, 0)

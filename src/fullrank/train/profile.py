@@ -67,7 +67,8 @@ def profile(recipe: Recipe, run: Run, base: ResolvedModel, steps: int, world: Wo
     """
     plan = need_record(run.plan_path, Plan, "plan")
     run.tell("started", stage="profile")
-    with Meter() as meter, quiet(long_rows=are_long(plan.micro_batch_tokens, base.facts.hidden_size)):
+    large_apart = world.size > 1 or are_long(plan.micro_batch_tokens, base.facts.hidden_size)
+    with Meter() as meter, quiet(large_apart=large_apart):
         setup = set_up(recipe, run, base, plan, world)
         stopwatch = Stopwatch(setup.device, repeats_products=plan.recompute != "selective")
         ones = [1 + number % setup.order.steps for number in range(1, 1 + steps)]

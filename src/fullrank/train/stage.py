@@ -99,7 +99,7 @@ def stage(
     run.tell("started", stage="train")
     with Meter() as meter, Heartbeat(world, run.train, end or _end) as heart:
         try:
-            with quiet(long_rows=are_long(plan.micro_batch_tokens, base.facts.hidden_size)):
+            with quiet(large_apart=world.size > 1 or are_long(plan.micro_batch_tokens, base.facts.hidden_size)):
                 heart.at("the roll call")
                 roll.call(recipe, run, base, data, world, devices.choose(plan.machine.device))
                 training = _Training(recipe, run, base, data, plan, meter, world, heart)

@@ -62,7 +62,7 @@ def a_pass(blocks):
         del inside
     return kept
 
-with quiet(long_rows=sys.argv[1] == "long"):
+with quiet(large_apart=sys.argv[1] == "long"):
     before = resident_bytes()
     kept = a_pass(20)
     print(json.dumps((resident_bytes() - before) / sum(one.nbytes for one in kept)))
