@@ -7,8 +7,8 @@ memory is kept. Python looks for cycles at moments of its own; while training it
 With long rows that is another matter: what is kept of a block, dozens of megabytes, is cut out of what larger arrays left, and
 what remains of those fits nothing. Such holes came to as much as all else together (docs/LOG.md), so large arrays then have
 mappings of their own, which the system takes back; a row that long has so much to compute that new pages cost it a few hundredths
-of its time. So it is with ranks, which gather a block's weights and let go of them all the time: their holes were as large as what
-they hold.
+of its time. So it is with ranks, which gather a block's weights and let go of them all the time: their holes were as large as
+what they hold.
 """
 
 from __future__ import annotations
