@@ -15,7 +15,7 @@ import yaml
 from fullrank.models.embedded import EMBEDDED
 from fullrank.recipe import AdamW, Muon, Train
 from fullrank.records import TestScores
-from fullrank.report.gather import Report, interval_text, metric_name, p_text, rule_of_three_text, score_text, without_width
+from fullrank.report.gather import Report, interval_text, metric_name, p_text, score_text
 from fullrank.units import format_bytes, format_count, format_seconds, plural
 
 
@@ -115,23 +115,14 @@ def _table(test: str, scores: TestScores) -> str:
         "| score | base | tuned | difference |",
         "|---|---|---|---|",
     ]
-    rigid = set()
     for key, difference in scores.difference.items():
         if key not in scores.base or key not in scores.tuned:
             continue
         base, tuned = scores.base[key], scores.tuned[key]
-        rigid |= {kind for kind in (without_width(key, base), without_width(key, tuned)) if kind}
         cells = [f"{score_text(score.value)} ({interval_text(score)})" for score in (base, tuned)]
         words = f"{interval_text(difference, signed=True)}; {p_text(scores.p_value[key])}"
         cells.append(f"{score_text(difference.value, signed=True)} ({words})")
         lines.append(f"| {metric_name(key)} | {' | '.join(cells)} |")
-    if rigid:
-        lines += [
-            "",
-            f"An interval without width only says that no exception occurred in {scores.examples:,} items: by the "
-            "rule of three a true "
-            f"share of exceptions of up to {rule_of_three_text(scores.examples)} is compatible with it.",
-        ]
     return "\n".join(lines)
 
 

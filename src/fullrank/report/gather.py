@@ -304,26 +304,6 @@ def outcome_of(key: str, difference: Score) -> Outcome:
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
-def rule_of_three(items: int) -> float:
-    """Upper end of a 95 % interval for a rate of which no case occurred in `items`: 3/n.
-
-    Hanley & Lippman-Hand 1983, "If nothing goes wrong, is everything all right?", JAMA 249.
-    """
-    return min(1.0, 3.0 / items) if items else 1.0
-
-
-def rule_of_three_text(items: int) -> str:
-    """`3/80 = 0.038`: rounded up, since it is an upper bound."""
-    return f"3/{items:,} = {math.ceil(1000 * rule_of_three(items)) / 1000:.3f}" if items > 3 else "1"
-
-
-def without_width(key: str, score: Score) -> Literal["", "perfect", "zero"]:
-    """Whether a score in [0, 1] stands at an end of its range with an interval that has no width."""
-    if key in LOWER_IS_BETTER or score.high - score.low > 1e-9:
-        return ""
-    return "perfect" if abs(score.value - 1.0) < 1e-9 else "zero" if abs(score.value) < 1e-9 else ""
-
-
 def score_text(value: float, digits: int = 3, signed: bool = False) -> str:
     """A number with so many decimals; more where rounding would turn 0.9997 into a 1 or 0.0002 into a 0."""
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"

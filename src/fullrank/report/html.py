@@ -25,9 +25,7 @@ from fullrank.report.gather import (
     metric_name,
     outcome_of,
     p_text,
-    rule_of_three_text,
     score_text,
-    without_width,
 )
 from fullrank.units import format_bytes, format_count, format_seconds, plural
 
@@ -51,20 +49,16 @@ class ScoreRow:
     p: str
     outcome: str
     lower_is_better: bool
-    base_note: str
-    tuned_note: str
-    difference_note: str
     is_headline: bool
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The scores of one test set, with the footnotes its rows refer to by letter."""
+    """The scores of one test set."""
 
     test: str
     examples: int
     rows: tuple[ScoreRow, ...]
-    notes: tuple[tuple[str, str], ...]
     stopped: dict[str, float]
 
 
@@ -194,22 +188,15 @@ def big_numbers(report: Report) -> list[BigNumber]:
 
 
 def score_tables(report: Report) -> list[ScoreTable]:
-    """The scores table of every test set; intervals of no width refer to a footnote that says what they cannot show."""
+    """The scores table of every test set."""
     tables = []
     for test, scores in report.tests.items():
         headline = headline_key(report.recipe, scores)
-        letters: dict[str, str] = {}
-
-        def note(kind: str, letters: dict[str, str] = letters) -> str:
-            return letters.setdefault(kind, "abc"[len(letters)]) if kind else ""
-
         rows = []
         for key, difference in scores.difference.items():
             if key not in scores.base or key not in scores.tuned:
                 continue
             base, tuned = scores.base[key], scores.tuned[key]
-            base_note, tuned_note = note(without_width(key, base)), note(without_width(key, tuned))
-            stiff = key not in LOWER_IS_BETTER and difference.high - difference.low <= 1e-9
             outcome = outcome_of(key, difference)
             rows.append(
                 ScoreRow(
@@ -220,42 +207,15 @@ def score_tables(report: Report) -> list[ScoreTable]:
                     p=p_text(scores.p_value[key]),
                     outcome=outcome,
                     lower_is_better=key in LOWER_IS_BETTER,
-                    base_note=base_note,
-                    tuned_note=tuned_note,
-                    difference_note=note("difference") if stiff else "",
                     is_headline=key == headline,
                 )
             )
-        notes = tuple((letter, _note_text(kind, scores.examples)) for kind, letter in letters.items())
-        tables.append(ScoreTable(test, scores.examples, tuple(rows), notes, scores.stopped_ratio))
+        tables.append(ScoreTable(test, scores.examples, tuple(rows), scores.stopped_ratio))
     return tables
 
 
 def _cells(column: str, score: Score, signed: bool = False) -> dict[str, str]:
     return {column: score_text(score.value, signed=signed), f"{column}_interval": interval_text(score, signed=signed)}
-
-
-def _note_text(kind: str, items: int) -> str:
-    """What an interval of no width hides: a bootstrap resamples what occurred, so it cannot show what did not."""
-    bound = rule_of_three_text(items)
-    if kind == "perfect":
-        return (
-            f"No error occurred in {items:,} items, and a bootstrap cannot show errors that did not occur. By the "
-            "rule of three "
-            f"(Hanley & Lippman-Hand 1983) a true share of faulty answers of up to {bound} would still be compatible "
-            "with this result."
-        )
-    if kind == "zero":
-        return (
-            f"No item of {items:,} scored, and a bootstrap cannot show successes that did not occur. By the rule of "
-            "three "
-            f"(Hanley & Lippman-Hand 1983) a true share of successes of up to {bound} would still be compatible with "
-            "this result."
-        )
-    return (
-        f"Every one of the {items:,} items gave the same difference: the interval has no width, "
-        "which does not mean that it is exact."
-    )
 
 
 def measured(report: Report) -> list[Measured]:

@@ -175,20 +175,6 @@ def test_rounding_never_makes_a_score_perfect() -> None:
     assert room.score_text(0.25, 2, signed=True) == "+0.25"
 
 
-def test_the_rule_of_three_is_an_upper_bound() -> None:
-    for items in (4, 10, 60, 80, 1000):
-        exact = 1 - 0.05 ** (1 / items)
-        assert exact <= room.rule_of_three(items) <= float(room.rule_of_three_text(items).split("= ")[1])
-    assert room.rule_of_three(2) == 1.0 and room.rule_of_three_text(2) == "1"
-
-
-def test_an_interval_without_width_is_seen() -> None:
-    assert room.without_width("f1", Score(value=1, low=1, high=1)) == "perfect"
-    assert room.without_width("f1", Score(value=0, low=0, high=0)) == "zero"
-    assert room.without_width("f1", Score(value=1, low=0.9, high=1)) == ""
-    assert room.without_width("validation_loss", Score(value=1, low=1, high=1)) == ""
-
-
 # ---- samples --------------------------------------------------------------------------------------------------------
 
 

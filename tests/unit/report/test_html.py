@@ -139,16 +139,6 @@ def test_every_difference_shows_its_p_value(report: Report) -> None:
     assert len(re.findall("<small>p &lt; 0.001</small>", html.render(report, []))) == len(rows)
 
 
-def test_intervals_of_no_width_are_footnoted(report: Report) -> None:
-    table = html.score_tables(report)[0]
-    row = next(row for row in table.rows if row.name == "Exact match")
-    notes = dict(table.notes)
-    assert "No error occurred in 80 items" in notes[row.tuned_note] and "3/80 = 0.038" in notes[row.tuned_note]
-    assert "No item of 80 scored" in notes[row.base_note]
-    assert row.difference_note and len({row.base_note, row.tuned_note, row.difference_note}) == 3
-    assert html.score_tables(report)[1].notes == ()
-
-
 def test_an_unclear_difference_is_not_claimed(make_run: MakeRun, make_evaluation: Callable[..., EvaluationCard]) -> None:
     card = make_evaluation()
     card.tests["seen"].difference["f1"] = card.tests["seen"].difference["f1"].model_copy(update={"low": -0.01})
